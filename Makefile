@@ -1,0 +1,54 @@
+# `make` or `make help` lists the targets. Serving and testing have an environment each: the first has no torch.
+
+SERVE := .venv-serve
+TEST := .venv
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+
+# The first of these that is at least 3.11 builds the environments; PYTHON=… overrides.
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+endif
+PIP = -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check readme clean lock python
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+serve: $(SERVE)/.installed ## install what serving needs (once) and serve on http://127.0.0.1:8000; PORT=… HOST=… ARGS='--flag …'
+	$(SERVE)/bin/cdm-serve --host $(HOST) --port $(PORT) $(ARGS)
+
+test: $(TEST)/.installed ## install everything (once) and run the tests; ARGS='-k …'
+	$(TEST)/bin/python -m pytest $(ARGS)
+
+check: $(TEST)/.installed ## ruff, mypy --strict, layout rules, hadolint, shellcheck
+	PATH="$(CURDIR)/$(TEST)/bin:$$PATH" scripts/check
+
+lock: | python ## write constraints.txt anew: the newest versions that all extras agree on
+	$(PYTHON) scripts/lock.py
+
+readme: $(TEST)/.installed ## write the README's settings tables anew
+	$(TEST)/bin/python scripts/readme.py
+
+clean: ## remove environments, caches and build output (never data/ and runs/)
+	rm -rf $(SERVE) $(TEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find cdm_serve engines training benchmarks tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+python:
+	@$(or $(PYTHON),false) -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || { \
+	echo "No Python 3.11 or newer with venv was found$(if $(PYTHON), at PYTHON=$(PYTHON)). Install one (Debian:" \
+	"apt-get install python3 python3-venv) or name it: make serve PYTHON=python3.12" >&2; exit 1; }
+
+$(SERVE)/.installed: pyproject.toml constraints.txt | python
+	$(PYTHON) -m venv --clear $(SERVE)
+	$(SERVE)/bin/python $(PIP) --editable '.[openvino]'
+	@touch $@
+
+$(TEST)/.installed: pyproject.toml constraints.txt | python
+	@test -x $(TEST)/bin/python || $(PYTHON) -m venv $(TEST)
+	$(TEST)/bin/python $(PIP) --editable '.[dev]'
+	@touch $@

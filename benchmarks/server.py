@@ -1,0 +1,130 @@
+"""A real `cdm-serve` process on a loopback port, for benchmarks and for the README's test.
+
+with Server(["--engine", "fake"]) as server:
+    httpx.post(f"{server.url}/generate", json={"prompt": "red apple"})
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from types import TracebackType
+from typing import IO, Self
+
+POLL_S = 0.005
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
+
+
+class ServerError(Exception):
+    """The server did not come up, or answered something else than a picture. Carries what it printed last."""
+
+
+def free_port() -> int:
+    """A TCP port that was free on the loopback interface a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """Starts `python -m cdm_serve.main FLAGS` on entry, waits for `/readyz` unless told not to, stops it on exit.
+
+    `started` is `time.perf_counter()` just before the process was created. The environment's `CDM_SERVE_*` are not
+    passed on: the flags say all.
+    """
+
+    def __init__(
+        self,
+        flags: Sequence[str] = (),
+        *,
+        python: str = sys.executable,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = 60.0,
+        wait_ready: bool = True,
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.timeout_s = timeout_s
+        self.wait_ready = wait_ready
+        self._command = [
+            python,
+            "-m",
+            "cdm_serve.main",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            *flags,
+        ]
+        kept = {
+            name: value for name, value in os.environ.items() if not name.upper().startswith("CDM_SERVE_")
+        }
+        self._env = {**kept, **(env or {})}
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.started = 0.0
+
+    def __enter__(self) -> Self:
+        self.started = time.perf_counter()
+        self._process = subprocess.Popen(
+            self._command, env=self._env, stdout=self._log, stderr=subprocess.STDOUT
+        )
+        try:
+            if self.wait_ready:
+                self.fetch("/readyz")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        process = self._process
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(timeout=self.timeout_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._log.close()
+
+    def fetch(self, path: str, body: bytes | None = None) -> bytes:
+        """GET `path`, or POST `body` as JSON, again and again until it is answered with 200.
+
+        Raises:
+            ServerError: the process ended, the request is refused, or `timeout_s` from the start have passed.
+        """
+        assert self._process is not None
+        request = urllib.request.Request(self.url + path, body, {"content-type": "application/json"})
+        while (left := self.started + self.timeout_s - time.perf_counter()) > 0:
+            if self._process.poll() is not None:
+                raise ServerError(
+                    f"cdm-serve ended with exit code {self._process.returncode}: {self._printed()}"
+                )
+            try:
+                with _DIRECT.open(request, timeout=left) as response:
+                    answer: bytes = response.read()
+                    return answer
+            except urllib.error.HTTPError as error:
+                with error:
+                    if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
+                        raise ServerError(f"{path} answered {error.code}: {error.read()[:300]!r}") from error
+            except OSError:  # not listening yet
+                pass
+            time.sleep(POLL_S)
+        raise ServerError(f"{path} was not answered within {self.timeout_s:g} s: {self._printed()}")
+
+    def _printed(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")[-2000:].strip()

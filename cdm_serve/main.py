@@ -1,0 +1,126 @@
+"""`cdm-serve`: load a bundle, load its engine, listen."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from cdm_serve.app import create_app
+from cdm_serve.settings import ServeSettings, default_bundle
+from engines.base import load_engine
+from engines.bundle import Bundle, load_bundle
+from engines.cli import UsageError, run_command
+from engines.errors import BundleError
+
+log = logging.getLogger("cdm_serve")
+
+EXAMPLES = """
+cdm-serve
+cdm-serve --bundle bundles/mine --port 8080 --max-batch 16
+cdm-serve --engine fake
+curl --json '{"prompt": "red apple"}' localhost:8000/generate -o apple.png
+"""
+
+# What answering takes after the last picture: uvicorn's own limit must not cut the runner's shorter.
+ANSWER_S = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script; returns the exit code."""
+    return run_command(ServeSettings, serve, argv, prog="cdm-serve", epilog=EXAMPLES)
+
+
+def serve(settings: ServeSettings) -> int:
+    """Serve until told to stop.
+
+    Raises:
+        BundleError, RuntimeUnavailable: there is nothing to serve, or nothing to serve it with.
+        UsageError: the address cannot be listened on.
+    """
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    with listen(settings.host, settings.port) as listener:
+        with opened_bundle(settings) as bundle:
+            engine = load_engine(bundle, settings.engine_options())
+        try:
+            app = create_app(settings, engine)
+            info = engine.info
+            where = f"{info.device} ({info.runtime} {info.precision})"
+            log.info("serving %s on %s at http://%s", bundle.manifest.name, where, _address(listener))
+            config = uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(settings.drain_timeout_s) + ANSWER_S,
+            )
+            Server(config, on_exit=app.state.service.drain_soon).run(sockets=[listener])
+        finally:
+            engine.close()
+    return 0
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which tells us of a signal at once and ends with our exit code rather than by that signal."""
+
+    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_exit = on_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. A second Ctrl-C: leave now."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        elif not self.should_exit:
+            self.should_exit = True
+            if self.started:
+                self._on_exit()
+
+
+@contextmanager
+def opened_bundle(settings: ServeSettings) -> Iterator[Bundle]:
+    """The bundle to serve: the named one, the bundled one, or for the fake engine one made up on the spot."""
+    root = settings.bundle or default_bundle()
+    if settings.bundle is None and not root.is_dir():
+        if settings.engine != "fake":
+            raise BundleError(
+                "no model is bundled with this installation; name one with --bundle, or try --engine fake"
+            )
+        from engines.fake import fake_bundle
+
+        with tempfile.TemporaryDirectory(prefix="cdm-fake-") as folder:
+            yield fake_bundle(Path(folder))
+        return
+    yield load_bundle(root)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before anything slow: a taken port is told at once."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on --host={host} --port={port}: {error.strerror or error}; choose another with --port"
+        ) from error
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,58 @@
+"""The noun that travels: one picture, from acceptance to pixels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdm_serve.errors import ServeError
+from engines.base import Conditioning, Sample, TokenIds
+
+_ids = count(1)
+
+
+@dataclass(slots=True)
+class Spans:
+    """Where one picture's time went: seconds of real spans. `denoise` is the sum of its steps' spans."""
+
+    queue: float = 0.0
+    encode: float = 0.0
+    denoise: float = 0.0
+    decode: float = 0.0
+    image_encode: float = 0.0
+
+
+STAGES = tuple(Spans.__dataclass_fields__)
+
+
+@dataclass(eq=False, slots=True)
+class Picture:
+    """One picture on its way. Sizes in pixels; `sigmas` is its whole schedule; only the runner writes the late fields.
+
+    `reply` is called at most once, on the runner's thread, with uint8 `(height, width, 3)` or with an error.
+    """
+
+    tokens: TokenIds
+    seed: int
+    sigmas: tuple[float, ...]
+    width: int
+    height: int
+    reply: Callable[[Picture, NDArray[np.uint8] | ServeError], None]
+    id: int = field(default_factory=lambda: next(_ids))
+    arrival: float = field(default_factory=time.perf_counter)
+    spans: Spans = field(default_factory=Spans, init=False)
+    started: bool = field(default=False, init=False)  # Runner._start
+    conditioning: Conditioning = field(default=None, init=False)  # Runner._encode
+    sample: Sample = field(default=None, init=False)  # Runner._start, then every step
+    step: int = field(default=0, init=False)  # Runner._advance: steps really run
+    compute: float = field(default=0.0, init=False)  # Runner._advance: its share of every step's span
+
+    @property
+    def bucket(self) -> tuple[int, int]:
+        """What must be equal for two pictures to share an engine call."""
+        return (self.width, self.height)

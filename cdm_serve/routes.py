@@ -1,0 +1,162 @@
+"""The native HTTP API: `POST /generate`, and what operators and the page ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+
+from cdm_serve.errors import ClientGone, Unavailable
+from cdm_serve.front import read_json_body
+from cdm_serve.images import MEDIA_TYPES
+from cdm_serve.metrics import CONTENT_TYPE_LATEST
+from cdm_serve.picture import STAGES
+from cdm_serve.schemas import FORMATS, Order, parse_body
+from cdm_serve.service import Made, Service
+from engines.noise import MAX_SEED
+
+T = TypeVar("T")
+
+router = APIRouter()
+
+ERROR_DOCS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The body is not JSON"},
+    413: {"description": "The body is too long"},
+    415: {"description": "The body does not say that it is JSON"},
+    422: {
+        "description": "A field has a value that cannot be served; the message names field, value and limit"
+    },
+    429: {"description": "The queue is full; Retry-After says when to come back"},
+    500: {"description": "The engine failed on this picture"},
+    503: {"description": "The server is stopping, or its engine is broken"},
+}
+GENERATE_DOCS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The picture itself, or JSON with all of them",
+        "content": {media: {} for media in (*MEDIA_TYPES.values(), "application/json")},
+    },
+    **ERROR_DOCS,
+}
+
+
+@router.post("/generate", response_class=Response, responses=GENERATE_DOCS)
+async def generate(request: Request) -> Response:
+    """Make pictures from a prompt. One comes back as the image itself, several (or on request) as JSON."""
+    service: Service = request.app.state.service
+    body = await read_json_body(request, service.settings.max_body_bytes)
+    order = service.limits.order(parse_body(body))
+    made = await unless_gone(request, service.generate(order))
+    total = time.perf_counter() - request.scope["state"]["started"]
+    timings = {**_longest(made), "total": _ms(total)}
+    headers = {
+        "x-seed": ", ".join(str(image.seed) for image in made),
+        "x-steps": str(max(image.steps for image in made)),
+        "server-timing": ", ".join(f"{stage};dur={ms}" for stage, ms in timings.items()),
+        "cache-control": "no-store",
+    }
+    if order.as_json:
+        return JSONResponse(_document(service, order, made, timings), headers=headers)
+    return Response(made[0].data, headers=headers, media_type=MEDIA_TYPES[order.format])
+
+
+@router.get("/info", responses={})
+async def info(request: Request) -> dict[str, Any]:
+    """What is served, and what it can be asked for."""
+    service: Service = request.app.state.service
+    manifest, engine, limits = service.engine.manifest, service.engine.info, service.limits
+    return {
+        "model": manifest.name,
+        "family": manifest.family,
+        "engine": {"runtime": engine.runtime, "version": engine.version, "device": engine.device}
+        | {"precision": engine.precision, "max_batch": engine.max_batch},
+        "steps": list(limits.steps),
+        "default_steps": limits.default_steps,
+        "sizes": [{"width": width, "height": height} for width, height in limits.sizes],
+        "default_size": dict(zip(("width", "height"), limits.default_size, strict=True)),
+        "max_images": limits.max_images,
+        "max_prompt_chars": limits.max_prompt_chars,
+        "max_seed": str(MAX_SEED),  # JavaScript's numbers end earlier
+        "formats": list(FORMATS),
+        "examples": list(service.settings.examples),
+        "provenance": manifest.provenance.model_dump(mode="json"),
+    }
+
+
+@router.get("/livez", response_class=PlainTextResponse)
+async def livez(request: Request) -> str:
+    """200 while the process can make pictures or will; 503 when only a restart helps."""
+    service: Service = request.app.state.service
+    if service.runner.failure:
+        raise Unavailable(service.runner.failure)
+    return "alive\n"
+
+
+@router.get("/readyz", response_class=PlainTextResponse)
+async def readyz(request: Request) -> str:
+    """200 when every batch size has been warmed up and requests are accepted."""
+    service: Service = request.app.state.service
+    if reason := service.unavailable:
+        raise Unavailable(reason)
+    if not service.runner.ready.is_set():
+        raise Unavailable(
+            "the engine is warming up; requests are accepted and wait", headers={"retry-after": "1"}
+        )
+    return "ready\n"
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    service: Service = request.app.state.service
+    return Response(service.metrics.exposition(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; it is cancelled when the client leaves first (`ClientGone`). The body must be read."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(request.receive())  # after the body, the next message is the disconnect
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("the client left before its pictures were finished")
+        return task.result()
+    finally:
+        gone.cancel()
+        if task.cancel():
+            await asyncio.wait((task,))  # until it has given its permits back
+
+
+def _document(
+    service: Service, order: Order, made: Sequence[Made], timings: dict[str, float]
+) -> dict[str, Any]:
+    return {
+        "model": service.engine.manifest.name,
+        "prompt": order.prompt,
+        "width": order.width,
+        "height": order.height,
+        "format": order.format,
+        "images": [
+            {
+                "b64_json": base64.b64encode(image.data).decode("ascii"),
+                "seed": image.seed,
+                "steps": image.steps,
+                "timings_ms": {stage: _ms(getattr(image.spans, stage)) for stage in STAGES},
+            }
+            for image in made
+        ],
+        "timings_ms": timings,
+    }
+
+
+def _longest(made: Sequence[Made]) -> dict[str, float]:
+    """Per stage the longest time that one of the pictures took, in ms: they ran side by side."""
+    return {stage: _ms(max(getattr(image.spans, stage) for image in made)) for stage in STAGES}
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)

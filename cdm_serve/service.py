@@ -1,0 +1,180 @@
+"""An order in, encoded pictures out: what every HTTP API stands on. Lives on the event loop.
+
+service = Service(settings, engine)
+async with service:
+    answer = await service.generate(service.limits.order(request))
+    answer.images[0].data                        # PNG bytes
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdm_serve.admission import Costs, Permits
+from cdm_serve.errors import GenerationFailed, ServeError, Unavailable
+from cdm_serve.images import encode_image
+from cdm_serve.metrics import Metrics
+from cdm_serve.picture import Picture, Spans
+from cdm_serve.runner import Runner
+from cdm_serve.schemas import FORMATS, Limits, Order
+from cdm_serve.settings import ServeSettings
+from engines.base import Engine
+
+log = logging.getLogger("cdm_serve.service")
+
+
+@dataclass(frozen=True)
+class Made:
+    """One finished picture: its file's bytes, its seed, the steps really run and where its time went."""
+
+    data: bytes
+    seed: int
+    steps: int
+    spans: Spans
+
+
+class Service:
+    """Admission, runner and image encoders of one engine. Used as an async context manager; leaving it drains."""
+
+    def __init__(self, settings: ServeSettings, engine: Engine) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.limits = Limits.of(settings, engine.manifest)
+        self.metrics = Metrics()
+        self.metrics.model.info(
+            {"name": engine.manifest.name, "runtime": engine.info.runtime, "precision": engine.info.precision}
+        )
+        costs = Costs()
+        self.permits = Permits(settings.queue_limit, engine.info.max_batch, costs)
+        self.runner = Runner(engine, self.metrics, costs, settings.embedding_cache)
+        self.draining = False
+        self._pool = ThreadPoolExecutor(settings.image_workers, thread_name_prefix="cdm-image")
+        self._loop: asyncio.AbstractEventLoop
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self.runner.start()
+        for format in FORMATS:  # an encoder loads on its first picture, which should be nobody's
+            encode_image(np.zeros((8, 8, 3), np.uint8), format, {})
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.drain()
+        await asyncio.to_thread(self.runner.join)
+        self._pool.shutdown()
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why no request can be served now, if none can."""
+        return (
+            "the server is stopping; send the request again elsewhere"
+            if self.draining
+            else self.runner.failure
+        )
+
+    def drain(self) -> None:
+        """Refuse newcomers from now on and let the runner finish what was accepted."""
+        if not self.draining:
+            self.draining = True
+            log.info("stopping: finishing %d pictures", self.permits.in_use)
+            self.runner.stop(self.settings.drain_timeout_s)
+
+    def drain_soon(self) -> None:
+        """`drain`, from a signal handler or another thread: it must not fall between a check and a submit."""
+        self._loop.call_soon_threadsafe(self.drain)
+
+    async def generate(self, order: Order) -> list[Made]:
+        """Make every picture of `order`. When cancelled, its pictures are dropped at the next step edge.
+
+        Raises:
+            QueueFull: there are not enough permits.
+            Unavailable: the server is stopping, or its engine is broken.
+            GenerationFailed: the engine failed on one of the pictures.
+        """
+        if reason := self.unavailable:
+            raise Unavailable(reason)
+        with self.permits.take(len(order.seeds), order.steps):
+            tokens = self.engine.tokenize(order.prompt)
+            sigmas = self.engine.manifest.sigmas(order.steps)
+            futures: list[asyncio.Future[Made]] = [self._loop.create_future() for _ in order.seeds]
+            pictures = [
+                Picture(
+                    tokens,
+                    seed,
+                    sigmas,
+                    order.width,
+                    order.height,
+                    reply=partial(self._finish, order, future),
+                )
+                for seed, future in zip(order.seeds, futures, strict=True)
+            ]
+            self.runner.submit(pictures)
+            try:
+                return await asyncio.gather(*futures)
+            except BaseException:
+                self.runner.cancel(pictures)
+                raise
+
+    def parameters(self, order: Order, seed: int, steps: int) -> dict[str, Any]:
+        """What is written into a picture: all it takes to make it again."""
+        return {
+            "prompt": order.prompt,
+            "seed": seed,
+            "steps": steps,
+            "width": order.width,
+            "height": order.height,
+            "model": self.engine.manifest.name,
+        }
+
+    # The runner's thread replies, the pool encodes, the loop hears of it once.
+
+    def _finish(
+        self,
+        order: Order,
+        future: asyncio.Future[Made],
+        picture: Picture,
+        outcome: NDArray[np.uint8] | ServeError,
+    ) -> None:
+        if isinstance(outcome, ServeError):
+            self._tell(future, outcome)
+        else:
+            self._pool.submit(self._encode, order, future, picture, outcome)
+
+    def _encode(
+        self, order: Order, future: asyncio.Future[Made], picture: Picture, pixels: NDArray[np.uint8]
+    ) -> None:
+        started = time.perf_counter()
+        try:
+            data = encode_image(pixels, order.format, self.parameters(order, picture.seed, picture.step))
+        except Exception as error:
+            log.exception("encoding a picture as %s failed", order.format)
+            self._tell(
+                future, GenerationFailed(f"the picture could not be encoded as {order.format}: {error}")
+            )
+            return
+        picture.spans.image_encode = time.perf_counter() - started
+        self.metrics.record(picture.spans)
+        self._tell(future, Made(data, picture.seed, picture.step, picture.spans))
+
+    def _tell(self, future: asyncio.Future[Made], result: Made | ServeError) -> None:
+        with contextlib.suppress(RuntimeError):  # a loop that was stopped by force has nobody to tell
+            self._loop.call_soon_threadsafe(_resolve, future, result)
+
+
+def _resolve(future: asyncio.Future[Made], result: Made | ServeError) -> None:
+    if future.done():  # its request was cancelled
+        return
+    if isinstance(result, ServeError):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

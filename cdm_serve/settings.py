@@ -1,0 +1,89 @@
+"""What `cdm-serve` can be told. A field is its flag, its environment variable, its help and its README row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from engines.base import EngineOptions
+from engines.cli import CommandSettings
+
+# JPEG keeps EXIF in one 64 KiB segment, and a character of the prompt may take 12 bytes there ("\ud83d\ude00").
+MAX_PROMPT_CHARS = 4096
+
+Prompt = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+def default_bundle() -> Path:
+    """The bundled model's folder: what is served when neither `--bundle` nor `CDM_SERVE_BUNDLE` names another."""
+    return Path(__file__).parent / "bundles" / "emoji"
+
+
+class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
+    """Serve pictures over HTTP."""
+
+    bundle: Path | None = Field(None, description="folder of the exported model; none: the bundled model")
+    engine: Literal["auto", "openvino", "onnxruntime", "fake"] = Field(
+        "auto", description="runtime that runs the bundle; fake needs no bundle and paints colour fields"
+    )
+    precision: str = Field("auto", description="arithmetic of the runtime; auto: the runtime's best here")
+    threads: int = Field(0, ge=0, le=1024, description="threads of the runtime; 0: the runtime chooses")
+    max_batch: int = Field(8, ge=1, le=256, description="pictures that one engine call may advance")
+    cache_dir: Path | None = Field(
+        None, description="folder for compiled models; none: compile at every start"
+    )
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0: all")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0: a free one")
+
+    max_steps: int = Field(8, ge=1, le=1000, description="most denoising steps that a request may ask for")
+    max_images: int = Field(16, ge=1, le=256, description="most pictures in one request")
+    max_prompt_chars: int = Field(
+        1000, ge=1, le=MAX_PROMPT_CHARS, description="longest prompt, in characters"
+    )
+    max_body_bytes: int = Field(65536, ge=256, le=2**30, description="longest request body, in bytes")
+
+    queue_limit: int = Field(
+        64, ge=1, le=1_000_000, description="pictures accepted and unfinished; more get 429"
+    )
+    image_workers: int = Field(2, ge=1, le=64, description="threads that encode PNG, JPEG and WebP")
+    embedding_cache: int = Field(1024, ge=0, le=1_000_000, description="prompt embeddings kept; 0: none")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe log line"
+    )
+    drain_timeout_s: float = Field(
+        30.0, ge=0, le=3600, description="seconds that a stop waits for what was accepted"
+    )
+    examples: tuple[Prompt, ...] = Field(
+        (
+            "red apple",
+            "grinning face",
+            "woman astronaut medium dark skin tone",
+            "blue heart",
+            "cat",
+            "flag of japan",
+        ),
+        description="prompts that the page offers",
+    )
+
+    @model_validator(mode="after")
+    def _one_request_fits_the_queue(self) -> Self:
+        if self.max_images > self.queue_limit:
+            raise ValueError(
+                f"--max-images={self.max_images} exceeds --queue-limit={self.queue_limit}: such a request could never "
+                f"be accepted; raise --queue-limit to at least {self.max_images} or lower --max-images"
+            )
+        return self
+
+    def engine_options(self) -> EngineOptions:
+        """What the engine is loaded with."""
+        return EngineOptions(
+            runtime=self.engine,
+            precision=self.precision,
+            threads=self.threads,
+            max_batch=self.max_batch,
+            cache_dir=self.cache_dir,
+        )

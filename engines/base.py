@@ -1,0 +1,140 @@
+"""What a runtime is: one class, one file, one lazy registration.
+
+A runtime runs the three components of a bundle. Whatever it hands out (a sample, its conditioning) is opaque to the
+caller and belongs to one picture, so the caller can batch any rows with any others and never touches arrays; where
+those live (host, GPU) is the runtime's affair.
+
+    engine = load_engine(bundle, EngineOptions(runtime="openvino"))
+    cond = engine.encode([engine.tokenize("red apple")])
+    x = [engine.put(noise)]
+    for sigma, sigma_next in pairwise(bundle.manifest.sigmas(4)):
+        x, x0 = engine.denoise(x, [sigma], [sigma_next], cond)
+    image = engine.decode(x)[0]                      # uint8 (height, width, 3)
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.bundle import Bundle, Manifest
+from engines.errors import RuntimeUnavailable
+
+TokenIds = tuple[tuple[int, ...], ...]
+"""One prompt's ids: a tuple per tokenizer, padded to the tokenizer's length. Hashable: the embedding cache's key."""
+
+Conditioning = Any
+"""One prompt's embeddings, opaque."""
+
+Sample = Any
+"""One picture's latent, opaque."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to run a bundle. `threads=0` lets the runtime choose; `cache_dir=None` compiles anew at every start."""
+
+    runtime: str = "auto"
+    precision: str = "auto"
+    threads: int = 0
+    max_batch: int = 8
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a loaded engine says of itself."""
+
+    runtime: str
+    version: str
+    device: str
+    precision: str
+    max_batch: int
+    threads: int
+
+
+class Engine(ABC):
+    """One bundle, loaded on one runtime. Calls come from one thread at a time.
+
+    Every method takes and returns one entry per picture, `1 ≤ batch ≤ info.max_batch`, and raises
+    `ExecutionError` when the device fails.
+    """
+
+    manifest: Manifest
+    info: EngineInfo
+
+    @abstractmethod
+    def tokenize(self, prompt: str) -> TokenIds:
+        """Ids of one prompt, cut or padded to each tokenizer's length. Thread-safe, no device."""
+
+    @abstractmethod
+    def encode(self, tokens: Sequence[TokenIds]) -> list[Conditioning]:
+        """Prompt embeddings for each of `tokens`."""
+
+    @abstractmethod
+    def put(self, noise: NDArray[np.float32]) -> Sample:
+        """Take one picture's starting noise, `(channels, height, width)` in latent pixels."""
+
+    @abstractmethod
+    def denoise(
+        self,
+        samples: Sequence[Sample],
+        sigma: Sequence[float],
+        sigma_next: Sequence[float],
+        conditioning: Sequence[Conditioning],
+    ) -> tuple[list[Sample], list[Sample]]:
+        """One Euler step x' = x + (σ' − σ)·v per row, each at its own σ: `(x', x̂0)`, x̂0 = x − σ·v."""
+
+    @abstractmethod
+    def decode(self, samples: Sequence[Sample]) -> NDArray[np.uint8]:
+        """Pictures, `(batch, height, width, 3)` RGB."""
+
+    def close(self) -> None:  # noqa: B027  (a runtime without resources has nothing to do)
+        """Free what the runtime holds. The engine is not used afterwards."""
+
+
+RUNTIMES: dict[str, str] = {
+    "openvino": "engines.openvino:OpenVINOEngine",
+    "onnxruntime": "engines.onnxruntime:OnnxRuntimeEngine",
+    "fake": "engines.fake:FakeEngine",
+}
+"""Runtime name → `module:class`, imported only when asked for. A new runtime is one file and one line here."""
+
+AUTO = ("openvino", "onnxruntime")
+"""What `auto` tries, best first."""
+
+
+def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
+    """Load `bundle` on the asked-for runtime (`auto`: the first of `AUTO` whose packages are installed).
+
+    Raises:
+        RuntimeUnavailable: no such runtime, or its packages are missing here.
+    """
+    if options.runtime != "auto":
+        return _load(options.runtime, bundle, options)
+    reasons = []
+    for name in AUTO:
+        try:
+            return _load(name, bundle, options)
+        except RuntimeUnavailable as error:
+            reasons.append(str(error))
+    raise RuntimeUnavailable("no runtime works here: " + "; ".join(reasons))
+
+
+def _load(name: str, bundle: Bundle, options: EngineOptions) -> Engine:
+    if name not in RUNTIMES:
+        raise RuntimeUnavailable(f"runtime={name!r} is unknown; allowed: auto, {', '.join(RUNTIMES)}")
+    module_name, class_name = RUNTIMES[name].split(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise RuntimeUnavailable(f"runtime {name!r} needs the package {error.name!r}, which is not installed") from error
+    engine: Engine = getattr(module, class_name)(bundle, options)
+    return engine

@@ -1,0 +1,85 @@
+"""Compiled models on disk, found again only if nothing that shaped them has changed.
+
+    cache = CompiledCache.open(options.cache_dir, bundle.sha256, runtime="openvino", version="2026.4.1", …)
+    blob = cache.load("denoiser-1x8x16x16")       # bytes, or None: not there, or damaged
+    cache.store("denoiser-1x8x16x16", blob)
+
+A cache is never a reason to fail: what cannot be read or written is compiled anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True)
+class CompiledCache:
+    """One folder per key; without a folder it holds nothing. Files are a SHA-256 of the rest, then the rest."""
+
+    folder: Path | None
+
+    @classmethod
+    def open(
+        cls,
+        root: Path | None,
+        bundle_sha256: str,
+        *,
+        runtime: str,
+        version: str,
+        device: str,
+        precision: str,
+        threads: int,
+    ) -> CompiledCache:
+        """The folder under `root` for exactly this bundle, runtime, version, device, precision and thread count."""
+        if root is None:
+            return cls(None)
+        key = {
+            "bundle": bundle_sha256,
+            "runtime": runtime,
+            "version": version,
+            "device": device,
+            "precision": precision,
+            "threads": threads,
+        }
+        text = json.dumps(key, sort_keys=True, indent=2)
+        folder = root / f"{runtime}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        cache = cls(folder)
+        cache._write(folder / "key.json", text.encode() + b"\n")
+        return cache
+
+    def load(self, name: str) -> bytes | None:
+        """What was stored as `name` (component and shapes), whole and unaltered, or None."""
+        if self.folder is None:
+            return None
+        try:
+            data = (self.folder / f"{name}.blob").read_bytes()
+        except OSError:
+            return None
+        digest, body = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+        return body if hashlib.sha256(body).digest() == digest else None
+
+    def store(self, name: str, body: bytes) -> None:
+        """Keep `body` as `name`; two servers that store the same name at once both leave a whole file."""
+        if self.folder is not None:
+            self._write(self.folder / f"{name}.blob", hashlib.sha256(body).digest() + body)
+
+    @staticmethod
+    def _write(path: Path, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                os.replace(temporary, path)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)

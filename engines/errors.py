@@ -1,0 +1,30 @@
+"""What can go wrong between a folder of weights and a running engine.
+
+    EngineError
+    ├── BundleError        the folder is not a bundle this version can serve (hash, version, schedule, file)
+    ├── RuntimeUnavailable the runtime is unknown, or its packages or device are missing here
+    ├── ExportError        a model cannot be exported, or its export does not match torch
+    └── ExecutionError     one call failed while running; the engine itself may still be usable
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of every error that `engines` raises for a user's mistake or a failing device."""
+
+
+class BundleError(EngineError):
+    """The folder is not a bundle that this version can serve."""
+
+
+class RuntimeUnavailable(EngineError):
+    """The asked-for runtime is unknown, or cannot run on this machine."""
+
+
+class ExportError(EngineError):
+    """A model cannot be exported, or its exported form is not the same model."""
+
+
+class ExecutionError(EngineError):
+    """One engine call failed; the requests in that call fail, the process does not."""

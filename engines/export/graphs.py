@@ -1,0 +1,91 @@
+"""The three components of a bundle as torch modules, built from any family. Shapes as in `engines/families/base.py`.
+
+- `TextEncoderGraph`: token ids → conditioning tensors
+- `DenoiserGraph`:    (x, σ, σ′, conditioning) → (x′, x̂0), the transformer and the Euler update in one graph
+- `DecoderGraph`:     scaled latents → uint8 pictures `(B, height, width, 3)`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers.models.embeddings import PatchEmbed
+from torch import Tensor, nn
+
+from engines.families.base import Family
+
+
+class TextEncoderGraph(nn.Module):
+    """Ids `(B, L)` int64, one per text-encoder input in `inputs` order → the tensors named in `outputs`."""
+
+    def __init__(self, family: Family, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.weights = nn.ModuleDict(family.text_modules())
+        self._family = family
+        self.inputs = inputs
+        self.outputs = outputs
+
+    def forward(self, *ids: Tensor) -> tuple[Tensor, ...]:
+        conditioning = self._family.embed(dict(zip(self.inputs, ids, strict=True)))
+        return tuple(conditioning[name] for name in self.outputs)
+
+
+class DenoiserGraph(nn.Module):
+    """One step for a batch whose rows may sit at different σ of different schedules: `σ`, `σ′` are `(B,)`."""
+
+    def __init__(self, family: Family, conditioning: tuple[str, ...]) -> None:
+        super().__init__()
+        self.weights = family.transformer
+        self._family = family
+        self.inputs = ("x", "sigma", "sigma_next", *conditioning)
+        self.outputs = ("x_next", "x0")
+
+    def forward(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, *conditioning: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(self.inputs[3:], conditioning, strict=True))
+        velocity = self._family.velocity(self.weights, x, sigma, named)
+        sigma_B111, next_B111 = sigma[:, None, None, None], sigma_next[:, None, None, None]
+        # Euler step and prediction of the rectified flow x_σ = (1−σ)·x0 + σ·ε, v = ε − x0.
+        return x + (next_B111 - sigma_B111) * velocity, x - sigma_B111 * velocity
+
+
+class DecoderGraph(nn.Module):
+    """Scaled latents `(B, C, H, W)` → uint8 RGB, rounded as diffusers' image processor does (half to even)."""
+
+    inputs = ("x",)
+    outputs = ("image",)
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.weights = family.vae
+        self._family = family
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        picture_BCHW = self._family.decode(x)
+        unit_BCHW = (picture_BCHW / 2 + 0.5).clamp(0, 1)
+        return ((unit_BCHW.permute(0, 2, 3, 1) * 255).round().to(torch.uint8),)
+
+
+@contextmanager
+def exportable() -> Iterator[None]:
+    """Run the body with modules whose ONNX form differs from torch swapped for equal ones that export right."""
+    original = PatchEmbed.cropped_pos_embed
+    PatchEmbed.cropped_pos_embed = _cropped_pos_embed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PatchEmbed.cropped_pos_embed = original  # type: ignore[method-assign]
+
+
+def _cropped_pos_embed(self: PatchEmbed, height: int, width: int) -> Tensor:
+    """The centre `(height, width)` of the position table.
+
+    diffusers slices `top : top + rows` with `top = (M − rows) // 2`. For a symbolic number of rows the exporter turns
+    that end into `M/2 + rows + (−rows) // 2` and lowers `//` on the negative number to a division that truncates, one
+    off for odd rows. `(M + rows) // 2` is the same end without a negative number.
+    """
+    limit, rows, columns = self.pos_embed_max_size, height // self.patch_size, width // self.patch_size
+    table = self.pos_embed.reshape(1, limit, limit, -1)
+    table = table[:, (limit - rows) // 2 : (limit + rows) // 2, (limit - columns) // 2 : (limit + columns) // 2, :]
+    return table.reshape(1, -1, table.shape[-1])

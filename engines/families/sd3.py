@@ -1,0 +1,212 @@
+"""Stable Diffusion 3: MMDiT, two CLIP text encoders, an optional T5, a KL or tiny autoencoder.
+
+Everything here equals what `StableDiffusion3Pipeline` (diffusers) computes, so that a folder written by training
+makes the same pictures there, in training, and in an exported bundle. Shapes as in `engines/families/base.py`.
+
+The text tokens are those of both CLIPs (joined along the features, zero-padded to the transformer's width) followed
+by T5's. Without a T5 the pipeline puts `max_sequence_length` zero rows in its place, and these rows do take part in
+attention: `family.t5_length` is how many, the CLIP tokenizer's own length. To get the same pictures from diffusers,
+call the pipeline with `max_sequence_length=family.t5_length` (its default of 256 is another model, and a slower one).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from engines.families.base import Conditioning, Family, FamilyError
+
+T5_LENGTH = 256
+"""Tokens of the T5 prompt, the pipeline's default `max_sequence_length`."""
+
+TIMESTEPS = 1000.0
+"""SD3's transformer takes time in [0, 1000]: σ times this."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no notes on expected facts (no T5, a tiny autoencoder) while a folder is read or written."""
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity, bars in before:
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
+
+
+def _components(index: dict[str, Any]) -> list[str]:
+    return [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+
+
+class SD3Family(Family):
+    """One loaded `StableDiffusion3Pipeline` folder; `pipeline` is that pipeline, of the same modules."""
+
+    name: ClassVar[str] = "sd3"
+    pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
+    fsdp_units: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
+
+    def __init__(self, pipeline: Any, root: Path) -> None:
+        self.root = root
+        self.pipeline = pipeline
+        self.transformer = pipeline.transformer
+        self.vae = pipeline.vae
+        self.scheduler = pipeline.scheduler
+        config = pipeline.transformer.config
+        self.patch_size: int = config.patch_size
+        self.latent_channels = config.in_channels
+        self.latent_size = (config.sample_size, config.sample_size)
+        self.downscale = pipeline.vae_scale_factor
+        self.scaling_factor = float(pipeline.vae.config.scaling_factor)
+        self.shift_factor = float(pipeline.vae.config.shift_factor)
+        self.context_dim: int = config.joint_attention_dim
+        self.clip_length: int = pipeline.tokenizer_max_length
+        self.t5_length: int = self.clip_length if pipeline.text_encoder_3 is None else T5_LENGTH
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> SD3Family:
+        """Load a local diffusers folder, or a hub id that diffusers resolves; safetensors only, nothing pickled.
+
+        A folder whose index has no third text encoder is loaded without one.
+
+        Raises:
+            FamilyError: a component is missing or unreadable, named by diffusers' own message.
+        """
+        source = str(folder)
+        try:
+            index = StableDiffusion3Pipeline.load_config(source)
+            if missing := [name for name in _components(index) if Path(source).is_dir() and not (folder / name).is_dir()]:
+                raise FamilyError(f"{folder} lacks {', '.join(missing)}, which its model_index.json names")
+            absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
+            with _quiet():
+                pipeline = StableDiffusion3Pipeline.from_pretrained(
+                    source, dtype=dtype, use_safetensors=True, **absent
+                )
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise FamilyError(f"{folder} cannot be loaded as {cls.pipeline_class}: {error}") from error
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.eval().requires_grad_(False)
+        return cls(pipeline, Path(folder))
+
+    # text
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids` and `input_ids_2` `(B, clip_length)`, and `input_ids_3` `(B, t5_length)` where there is a T5."""
+        return {
+            name: tokenizer(
+                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids
+            for name, tokenizer, length in self._tokenizers()
+        }
+
+    def _tokenizers(self) -> list[tuple[str, Any, int]]:
+        # The pipeline cuts both CLIP prompts at the *first* tokenizer's length.
+        tokenizers = [
+            ("input_ids", self.pipeline.tokenizer, self.clip_length),
+            ("input_ids_2", self.pipeline.tokenizer_2, self.clip_length),
+        ]
+        if self.pipeline.text_encoder_3 is not None:
+            tokenizers.append(("input_ids_3", self.pipeline.tokenizer_3, self.t5_length))
+        return tokenizers
+
+    def embed(self, ids: dict[str, Tensor]) -> Conditioning:
+        """`encoder_hidden_states (B, clip_length + t5_length, context_dim)`, `pooled_projections (B, P)`.
+
+        Each CLIP gives its last-but-one hidden state and its projected pooled output, as `encode_prompt` does.
+        """
+        first = self.pipeline.text_encoder(ids["input_ids"], output_hidden_states=True)
+        second = self.pipeline.text_encoder_2(ids["input_ids_2"], output_hidden_states=True)
+        clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        clip = nn.functional.pad(clip, (0, self.context_dim - clip.shape[-1]))
+        if self.pipeline.text_encoder_3 is None:
+            t5 = clip.new_zeros((clip.shape[0], self.t5_length, self.context_dim))
+        else:
+            t5 = self.pipeline.text_encoder_3(ids["input_ids_3"])[0].to(clip.dtype)
+        return {
+            "encoder_hidden_states": torch.cat([clip, t5], dim=1),
+            "pooled_projections": torch.cat([first.text_embeds, second.text_embeds], dim=-1),
+        }
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Embeddings of prompts, equal to the pipeline's `encode_prompt`."""
+        device = self.pipeline.text_encoder.device
+        return self.embed({name: ids.to(device) for name, ids in self.tokenize(prompts).items()})
+
+    def text_modules(self) -> dict[str, nn.Module]:
+        """`text_encoder`, `text_encoder_2` and, if there is one, `text_encoder_3`."""
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        return {name: getattr(self.pipeline, name) for name in names if getattr(self.pipeline, name) is not None}
+
+    def tokenizer_specs(self) -> list[dict[str, Any]]:
+        """One `{"input", "length", "pad_id", "json"}` per text encoder; the JSON neither cuts nor pads by itself."""
+        specs = []
+        for name, tokenizer, length in self._tokenizers():
+            document = json.loads(tokenizer.backend_tokenizer.to_str())
+            # transformers leaves the last call's truncation and padding in the backend: not part of the model.
+            document["truncation"] = document["padding"] = None
+            text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+            specs.append({"input": name, "length": length, "pad_id": int(tokenizer.pad_token_id), "json": text})
+        return specs
+
+    # latents
+
+    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """v `(B, C, H, W)` in x's dtype; the time embedding's sines are computed from float32 σ·1000."""
+        dtype = next(transformer.parameters()).dtype
+        velocity: Tensor = transformer(
+            hidden_states=x.to(dtype),
+            encoder_hidden_states=conditioning["encoder_hidden_states"].to(dtype),
+            pooled_projections=conditioning["pooled_projections"].to(dtype),
+            timestep=sigma.to(torch.float32) * TIMESTEPS,
+            return_dict=False,
+        )[0]
+        return velocity.to(x.dtype)
+
+    def sigmas(self, steps: int) -> tuple[float, ...]:
+        """`linspace(1, 1/steps, steps)` through the scheduler's own shift, then 0: the pipeline's `sigmas=` path."""
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        config = scheduler.config
+        mu = None
+        if config.use_dynamic_shifting:
+            tokens = (self.latent_size[0] // self.patch_size) * (self.latent_size[1] // self.patch_size)
+            mu = calculate_shift(
+                tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+            )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist(), mu=mu)
+        shifted: list[float] = scheduler.sigmas.tolist()
+        assert abs(shifted[0] - 1.0) < 1e-5, shifted
+        # A float32 shift may miss 1 by a rounding error; noise is σ = 1 exactly.
+        return (1.0, *shifted[1:])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures in about [−1, 1], `(B, 3, 8H, 8W)` for an f8 autoencoder: unscale, unshift, decode."""
+        dtype = next(self.vae.parameters()).dtype
+        unscaled = (latents / self.scaling_factor) + self.shift_factor
+        picture: Tensor = self.vae.decode(unscaled.to(dtype), return_dict=False)[0]
+        return picture
+
+    def save(self, folder: Path, transformer: nn.Module | None = None) -> None:
+        """Write a diffusers folder (safetensors, JSON), with `transformer` (an unwrapped module) if given."""
+        components = dict(self.pipeline.components)
+        components["transformer"] = self.transformer if transformer is None else transformer
+        with _quiet():
+            pipeline: Any = StableDiffusion3Pipeline(**components)
+            pipeline.save_pretrained(str(folder), safe_serialization=True)

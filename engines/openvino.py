@@ -1,0 +1,165 @@
+"""OpenVINO on the CPU: the fastest runtime there, in bfloat16 where the CPU computes it natively.
+
+Every component is compiled once with a dynamic batch, and the denoiser once more for a single picture of the default
+size: a static shape makes that one a sixth faster, larger batches hardly, and each compiled shape holds its own copy
+of the weights.
+
+Bfloat16 has 8 bits of mantissa: 1000·σ computed in it makes σ = 0.9 and 0.9015 the same time. The runtime has no way
+to keep chosen operations in float32, so the sines and cosines of σ are cut out of the denoiser into a small float32
+model of their own (`cut_time`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+import openvino.opset15 as ops
+
+from engines.base import EngineInfo, EngineOptions
+from engines.bundle import COMPONENTS, Bundle
+from engines.cache import CompiledCache
+from engines.errors import RuntimeUnavailable
+from engines.rows import Array, HostEngine
+
+PRECISIONS = ("auto", "f32", "bf16")
+NATIVE_BF16 = {"amx_bf16", "avx512_bf16"}
+CPUINFO = Path("/proc/cpuinfo")
+
+TIME = "time"
+
+Shape = tuple[int, ...]
+
+
+class OpenVINOEngine(HostEngine):
+    """A bundle on OpenVINO's CPU plugin. Raises `RuntimeUnavailable` for a precision that it does not have."""
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        super().__init__(bundle)
+        self._core = ov.Core()
+        self._graphs = {component: bundle.path(component) for component in COMPONENTS}
+        self._read: dict[str, ov.Model] = {}
+        self._precision = choose_precision(options.precision)
+        self._threads = options.threads
+        device = str(self._core.get_property("CPU", "FULL_DEVICE_NAME"))
+        self._cache = CompiledCache.open(
+            options.cache_dir,
+            bundle.sha256,
+            runtime="openvino",
+            version=ov.get_version(),
+            device=device,
+            precision=self._precision,
+            threads=options.threads,
+        )
+        self._requests = {component: self._load(component) for component in COMPONENTS}
+        size, latent = self.manifest.default_size, self.manifest.latent
+        self._single: Shape = (1, latent.channels, size.height // latent.downscale, size.width // latent.downscale)
+        self._single_request = self._load("denoiser", self._single)
+        needs_time = any(port.get_any_name().startswith(TIME) for port in self._requests["denoiser"].model_inputs)
+        self._time = self._load(TIME) if needs_time else None
+        self._read.clear()
+        compiled = self._requests["denoiser"].get_compiled_model()
+        self.info = EngineInfo(
+            runtime="openvino",
+            version=ov.__version__,
+            device=device,
+            precision=self._precision,
+            max_batch=options.max_batch,
+            threads=int(compiled.get_property("INFERENCE_NUM_THREADS")),
+        )
+
+    def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        request = self._requests[component]
+        if component == "denoiser":
+            if self._time is not None:
+                features = self._time.infer({"sigma": inputs["sigma"]})
+                inputs = {**inputs, **{port.get_any_name(): array for port, array in features.items()}}
+            if inputs["x"].shape == self._single:
+                request = self._single_request
+        return {port.get_any_name(): array for port, array in request.infer(inputs).items()}
+
+    def _load(self, name: str, shape: Shape | None = None) -> ov.InferRequest:
+        """Component `name` (or `TIME`, the denoiser's float32 part), for any batch or for x of exactly `shape`."""
+        precision = "f32" if name == TIME else self._precision
+        config: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+        }
+        if self._threads:
+            config["INFERENCE_NUM_THREADS"] = self._threads
+        key = f"{name}-{'x'.join(map(str, shape))}" if shape else name
+        if (blob := self._cache.load(key)) is not None:
+            return self._core.import_model(blob, "CPU", config).create_infer_request()
+        compiled = self._core.compile_model(self._model(name, shape), "CPU", config)
+        if self._cache.folder is not None:
+            self._cache.store(key, compiled.export_model().getvalue())
+        return compiled.create_infer_request()
+
+    def _model(self, name: str, shape: Shape | None) -> ov.Model:
+        component = "denoiser" if name == TIME else name
+        if component not in self._read:
+            self._read[component] = self._core.read_model(self._graphs[component])
+        model = self._read[component].clone()
+        if name == TIME or (name == "denoiser" and self._precision != "f32"):
+            time = cut_time(model)
+            if name == TIME:
+                assert time is not None
+                return time
+        if shape:
+            fixed = {"x": list(shape)}
+            for port in model.inputs:
+                rest = [-1 if dim.is_dynamic else dim.get_length() for dim in list(port.partial_shape)[1:]]
+                fixed.setdefault(port.get_any_name(), [shape[0], *rest])
+            model.reshape(fixed)
+        return model
+
+    def close(self) -> None:
+        """Free the compiled models."""
+        self._requests.clear()
+        del self._single_request, self._time
+
+
+def choose_precision(asked: str, cpuinfo: Path = CPUINFO) -> str:
+    """`f32` or `bf16`. `auto` is bf16 on a CPU with AMX-BF16 or AVX512-BF16 instructions; emulated, it is slower than f32.
+
+    Raises:
+        RuntimeUnavailable: a precision that is neither.
+    """
+    if asked not in PRECISIONS:
+        raise RuntimeUnavailable(f"precision={asked!r} is not one of openvino's: {', '.join(PRECISIONS)}")
+    if asked != "auto":
+        return asked
+    try:
+        flags = set(cpuinfo.read_text(encoding="utf-8").split())
+    except OSError:  # not Linux
+        flags = set()
+    return "bf16" if flags & NATIVE_BF16 else "f32"
+
+
+def cut_time(model: ov.Model) -> ov.Model | None:
+    """Cut the sines and cosines of σ out of the denoiser: σ → their values, as a model; they become inputs of `model`.
+
+    Inputs and outputs are called `time_0`, `time_1`, … None if the graph has no sine or cosine.
+    """
+    time = model.clone()
+    waves, inputs = [_waves(graph) for graph in (time, model)]
+    if not waves:
+        return None
+    for index, (wave, cut) in enumerate(zip(waves, inputs, strict=True)):
+        name = f"{TIME}_{index}"
+        wave.output(0).get_tensor().set_names({name})
+        parameter = ops.parameter(cut.output(0).partial_shape, cut.output(0).element_type, name=name)
+        parameter.output(0).get_tensor().set_names({name})
+        for target in cut.output(0).get_target_inputs():
+            target.replace_source_output(parameter.output(0))
+        model.add_parameters([parameter])
+    sigma = next(node for node in time.get_parameters() if "sigma" in node.output(0).get_names())
+    model.validate_nodes_and_infer_types()
+    return ov.Model([wave.output(0) for wave in waves], [sigma], TIME)
+
+
+def _waves(model: ov.Model) -> list[ov.Node]:
+    return [node for node in model.get_ordered_ops() if node.get_type_name() in ("Sin", "Cos")]

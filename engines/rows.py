@@ -1,0 +1,76 @@
+"""What the host runtimes share: rows in, rows out. A sample or a conditioning is one picture's numpy arrays.
+
+`HostEngine` stacks rows to batches and cuts batches to rows; a runtime says only how to run a component.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import Engine, TokenIds
+from engines.bundle import Bundle
+from engines.errors import ExecutionError
+from engines.text import BundleTokenizers
+
+Array = NDArray[np.generic]
+Row = NDArray[np.float32]
+Embedding = tuple[Row, ...]
+"""One prompt's tensors, in the order of `manifest.conditioning`."""
+
+
+class HostEngine(Engine):
+    """A runtime whose arrays live in host memory."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.manifest = bundle.manifest
+        self._text = BundleTokenizers(bundle)
+
+    @abstractmethod
+    def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Run `component` on whole batches; the outputs are the caller's to keep. May raise any exception."""
+
+    def tokenize(self, prompt: str) -> TokenIds:
+        return self._text.tokenize(prompt)
+
+    def encode(self, tokens: Sequence[TokenIds]) -> list[Embedding]:
+        outputs = self._checked("text_encoder", len(tokens), self._text.batch(tokens))
+        columns = [outputs[name] for name in self.manifest.conditioning]
+        # Copies: callers cache embeddings, and a view would keep the whole batch alive.
+        return [tuple(np.array(column[row], dtype=np.float32) for column in columns) for row in range(len(tokens))]
+
+    def put(self, noise: Row) -> Row:
+        return noise
+
+    def denoise(
+        self,
+        samples: Sequence[Row],
+        sigma: Sequence[float],
+        sigma_next: Sequence[float],
+        conditioning: Sequence[Embedding],
+    ) -> tuple[list[Row], list[Row]]:
+        inputs: dict[str, Array] = {
+            "x": np.stack(samples),
+            "sigma": np.array(sigma, dtype=np.float32),
+            "sigma_next": np.array(sigma_next, dtype=np.float32),
+        }
+        for name, column in zip(self.manifest.conditioning, zip(*conditioning, strict=True), strict=True):
+            inputs[name] = np.stack(column)
+        outputs = self._checked("denoiser", len(samples), inputs)
+        return list(outputs["x_next"]), list(outputs["x0"])
+
+    def decode(self, samples: Sequence[Row]) -> NDArray[np.uint8]:
+        image = self._checked("decoder", len(samples), {"x": np.stack(samples)})["image"]
+        assert image.dtype == np.uint8
+        return image
+
+    def _checked(self, component: str, batch: int, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        assert 1 <= batch <= self.info.max_batch, (component, batch, self.info.max_batch)
+        try:
+            return self._run(component, inputs)
+        except Exception as error:  # each runtime has its own; the scheduler knows one
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ExecutionError(f"{self.info.runtime} failed in {component} at batch {batch}: {reason[0]}") from error

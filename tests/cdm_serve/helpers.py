@@ -1,0 +1,84 @@
+"""What the serving tests share: an engine whose steps can be held back, and an app around it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fastapi.testclient import TestClient
+
+from cdm_serve.app import create_app
+from cdm_serve.service import Service
+from cdm_serve.settings import ServeSettings
+from engines.base import EngineOptions
+from engines.bundle import Bundle
+from engines.fake import FakeEngine
+
+PATIENCE_S = 20.0
+"""After which a test gives up on something that should have happened: no test waits for it to pass."""
+
+
+class Gate:
+    """Holds engine calls back: `close()`, wait for `reached`, let single calls `step()` or all of them (`open()`)."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._closed = ""
+        self._passes = threading.Semaphore(0)
+
+    def close(self, component: str = "denoise") -> None:
+        self._closed = component
+
+    def step(self) -> None:
+        self.reached.clear()
+        self._passes.release()
+
+    def open(self) -> None:
+        self._closed = ""
+        self._passes.release(1000)
+
+    def wait(self) -> None:
+        assert self.reached.wait(PATIENCE_S), "the engine was never called"
+
+    def cost(self, component: str, batch: int) -> float:
+        if component == self._closed:
+            self.reached.set()
+            assert self._passes.acquire(timeout=PATIENCE_S), "the gate stayed closed"
+        return 0.0
+
+
+class App:
+    """A served fake engine."""
+
+    def __init__(self, bundle: Bundle, gate: Gate, **settings: Any) -> None:
+        settings = {"engine": "fake", "max_batch": 4, **settings}
+        self.gate = gate
+        self.settings = ServeSettings(**settings)
+        options = EngineOptions(max_batch=self.settings.max_batch)
+        self.engine = FakeEngine(bundle, options, cost=gate.cost, sleep=lambda _: None)
+        self.asgi = create_app(self.settings, self.engine)
+        self.service: Service = self.asgi.state.service
+        self.client = TestClient(self.asgi, raise_server_exceptions=False)
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.service.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        pause = threading.Event()
+        for _ in range(int(PATIENCE_S / 0.002)):
+            if happened():
+                return
+            pause.wait(0.002)
+        raise AssertionError("it never happened")
+
+
+def error_of(response: Any) -> dict[str, Any]:
+    """The error of an answer, which must have the envelope's exact shape and a request id."""
+    assert response.headers["x-request-id"]
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error

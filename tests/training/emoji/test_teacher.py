@@ -1,0 +1,108 @@
+"""The teacher recipe end to end on a small dataset: real classes, few steps, exact resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from engines.families.base import load_family
+from training import checkpoint
+from training.emoji import autoencoder, teacher
+from training.emoji.dataset import EmojiDataset
+from training.emoji.model import train_tokenizer
+from training.errors import TrainingError
+
+
+@pytest.fixture(scope="module")
+def vae(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("autoencoder")
+    settings = autoencoder.AutoencoderSettings(
+        data=small_dataset, out=out, steps=12, batch=4, encoder_channels=8, decoder_channels=8
+    )
+    assert autoencoder.train(settings) == 0
+    return out / "vae"
+
+
+def _settings(data: Path, vae: Path, out: Path, **changes: object) -> teacher.TeacherSettings:
+    values: dict[str, object] = {
+        "data": data, "vae": vae, "out": out, "steps": 6, "cooldown": 2, "batch": 4, "layers": 1, "heads": 1,
+        "sample_every": 3,
+    }  # fmt: skip
+    return teacher.TeacherSettings(**(values | changes))
+
+
+def test_autoencoder_scales_latents_to_zero_mean_and_unit_deviation(small_dataset: Path, vae: Path) -> None:
+    model = autoencoder.AutoencoderTiny.from_pretrained(vae)
+    data = EmojiDataset.load(small_dataset)
+    latents = autoencoder.encode_images(model, data.images, np.asarray(data.indices("train")))
+    scaled = (latents - model.config.shift_factor) * model.config.scaling_factor
+    assert abs(float(scaled.mean())) < 0.05
+    assert float(scaled.std()) == pytest.approx(1, abs=0.1)
+
+
+def test_reconstruction_loss_is_zero_only_for_the_same_picture() -> None:
+    picture = torch.rand(2, 3, 16, 16)
+    assert float(autoencoder.reconstruction_loss(picture, picture)) == 0
+    assert float(autoencoder.reconstruction_loss(picture + 0.1, picture)) > 0.1
+
+
+def test_teacher_folder_loads_in_diffusers_and_in_our_family(small_dataset: Path, vae: Path, tmp_path: Path) -> None:
+    assert teacher.train(_settings(small_dataset, vae, tmp_path)) == 0
+    model = tmp_path / "model"
+    pipeline = StableDiffusion3Pipeline.from_pretrained(model, text_encoder_3=None, tokenizer_3=None)
+    family = load_family(model)
+    ours, theirs = family.transformer.state_dict(), pipeline.transformer.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    provenance = json.loads((model / "provenance.json").read_text())
+    assert provenance["steps_trained"] == 6
+    assert provenance["licences"]
+    assert (tmp_path / "samples" / "000003.png").is_file()
+
+
+def test_stopped_and_resumed_teacher_equals_an_uninterrupted_one(
+    small_dataset: Path, vae: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    teacher.train(_settings(small_dataset, vae, whole, cooldown=0, sample_every=0))
+    teacher.train(_settings(small_dataset, vae, parts, cooldown=0, sample_every=0, steps=3))
+    teacher.train(_settings(small_dataset, vae, parts, cooldown=0, sample_every=0))
+    last = [checkpoint.latest(folder / "checkpoints") for folder in (whole, parts)]
+    assert last[0] is not None and last[1] is not None
+    for group in ("master", "ema", "muon", "adamw"):
+        one, two = last[0].tensors(group), last[1].tensors(group)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one), group
+
+
+def test_another_configuration_in_the_same_folder_is_refused(small_dataset: Path, vae: Path, tmp_path: Path) -> None:
+    teacher.train(_settings(small_dataset, vae, tmp_path, steps=1, sample_every=0))
+    with pytest.raises(TrainingError, match=r"batch=2 \(there: 4\)"):
+        teacher.train(_settings(small_dataset, vae, tmp_path, steps=1, sample_every=0, batch=2))
+
+
+def test_missing_autoencoder_is_named(small_dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="nowhere"):
+        teacher.train(_settings(small_dataset, tmp_path / "nowhere", tmp_path / "out"))
+
+
+def test_tokenizer_gives_caption_words_one_token_each_and_refuses_no_text() -> None:
+    tokenizer = train_tokenizer(["red apple", "green apple", "red car"] * 3, 1000, 12)
+    assert tokenizer.tokenize("Red APPLE") == ["red</w>", "apple</w>"]
+    for text in ("", "quixotic zebra", "日本 🍎", "a" * 400):
+        ids = tokenizer(text, padding="max_length", truncation=True, max_length=12).input_ids
+        assert len(ids) == 12 and ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+
+
+def test_sigma_is_shifted_like_the_scheduler() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    ours = teacher.draw_sigma(1000, 2.0, torch.Generator().manual_seed(0))
+    plain = torch.sigmoid(torch.randn(1000, generator=torch.Generator().manual_seed(0)))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    scheduler.set_timesteps(sigmas=plain.sort(descending=True).values.tolist())
+    assert torch.allclose(scheduler.sigmas[:-1], ours.sort(descending=True).values, atol=1e-6)

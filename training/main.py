@@ -1,0 +1,88 @@
+"""`cdm-train`: everything between a data source and a student."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engines.commands import Command, run_commands
+
+USER_ERRORS = (
+    "training.errors:TrainingError",
+    "training.emoji.fetch:DataError",
+    "engines.families.base:FamilyError",
+)
+
+COMMANDS = {
+    "emoji-data": Command(
+        "training.emoji.build:EmojiDataSettings",
+        "training.emoji.build:build",
+        "fetch the icon sets and write the emoji data set",
+        extra="train",
+        epilog="cdm-train emoji-data\ncdm-train emoji-data --sets noto,twemoji --size 64 --out data/small",
+        user_errors=("training.emoji.fetch:DataError",),
+    ),
+    "emoji-autoencoder": Command(
+        "training.emoji.autoencoder:AutoencoderSettings",
+        "training.emoji.autoencoder:train",
+        "train the picture codec",
+        extra="train",
+        epilog="cdm-train emoji-autoencoder\ncdm-train emoji-autoencoder --steps 200 --out runs/try",
+        user_errors=USER_ERRORS,
+    ),
+    "emoji-teacher": Command(
+        "training.emoji.teacher:TeacherSettings",
+        "training.emoji.teacher:train",
+        "train the teacher by flow matching",
+        extra="train",
+        user_errors=USER_ERRORS,
+    ),
+    "emoji-evaluator": Command(
+        "training.emoji.evaluator:EvaluatorSettings",
+        "training.emoji.evaluator:train",
+        "train the image-text encoder that judges pictures",
+        extra="train",
+        user_errors=USER_ERRORS,
+    ),
+    "emoji-cdm": Command(
+        "training.recipes:EmojiCDMSettings",
+        "training.recipes:train_emoji",
+        "distil the teacher into a few-step student",
+        extra="train",
+        epilog="cdm-train emoji-cdm --teacher runs/teacher/model\ncdm-train emoji-cdm --teacher T --steps 200",
+        user_errors=USER_ERRORS,
+    ),
+    "sd3-cdm": Command(
+        "training.recipes:SD3CDMSettings",
+        "training.recipes:train_sd3",
+        "distil SD3-Medium with the published settings",
+        extra="train",
+        epilog="cdm-train sd3-cdm --teacher TEACHER --prompts prompts.txt --device cuda",
+        user_errors=USER_ERRORS,
+    ),
+    "evaluate": Command(
+        "training.evaluate:EvaluateSettings",
+        "training.evaluate:evaluate",
+        "measure any diffusers folder at any step count",
+        extra="train",
+        epilog="cdm-train evaluate runs/teacher/model --steps 50 --steps 4 --guidance 4",
+        user_errors=USER_ERRORS,
+    ),
+    "samples": Command(
+        "training.samples:SamplesSettings",
+        "training.samples:samples",
+        "draw fixed prompts with teacher and student, side by side",
+        extra="train",
+        epilog="cdm-train samples --teacher runs/teacher/model --out look.png",
+        user_errors=USER_ERRORS,
+    ),
+}
+"""A recipe is one line here; nothing is imported before its command is asked for."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sub-command that `argv` (default: the process's arguments) begins with."""
+    return run_commands(COMMANDS, argv, "cdm-train", "Distil a teacher into a few-step student.")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,162 @@
+"""A training run's bookkeeping: its folder, exact resume, progress with ETA, the log. No maths here.
+
+    run = Run(Path("runs/teacher"), config, total=40_000)
+    start = run.resume(state)                     # 0, or the step after the newest checkpoint
+    for step in run.steps(start, state):          # saves every few minutes, and when told to stop
+        run.log(step, loss=train_step(step))
+
+"To resume training, run the same command again." Random numbers come from `(seed, step)` only (`generator`), so
+nothing but tensors and counters has to be saved, and a resumed run draws what an uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from training import checkpoint
+from training.errors import Diverged, TrainingError
+
+LOG = "log.jsonl"
+CONFIG = "config.json"
+
+
+class State(Protocol):
+    """What a recipe saves and restores."""
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Groups of tensors by file name."""
+
+    def counters(self) -> Mapping[str, Any]:
+        """Small JSON values."""
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Put both back."""
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """Hash of a configuration, independent of key order."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """Torch randomness of one step: equal `(seed, step, stream)` draw equal numbers, in whatever process."""
+    mixed = np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
+
+
+def numpy_generator(seed: int, step: int, stream: int = 0) -> np.random.Generator:
+    """As `generator`, for numpy."""
+    return np.random.default_rng([seed, step, stream])
+
+
+class Run:
+    """One run's folder: `config.json`, `log.jsonl`, `checkpoints/`."""
+
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], total: int, save_minutes: float = 5.0, free: tuple[str, ...] = ()
+    ) -> None:
+        """`free` names settings that a resumed run may change (how long to train, how often to save).
+
+        Raises:
+            TrainingError: the folder holds a run with other settings.
+        """
+        self.folder = folder
+        self.total = total
+        self.save_seconds = save_minutes * 60
+        self._stop = False
+        self._running: dict[str, float] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / CONFIG
+        bound = {key: value for key, value in config.items() if key not in free}
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = [key for key, value in bound.items() if before.get(key) != json.loads(json.dumps(value))]
+            if changed:
+                raise TrainingError(
+                    f"{folder} holds a run with other settings: "
+                    + ", ".join(f"{key}={config[key]!r} (there: {before.get(key)!r})" for key in changed)
+                    + "; use these again, or another --out"
+                )
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def resume(self, state: State) -> int:
+        """Restore the newest checkpoint into `state`; the step to go on with."""
+        saved = checkpoint.latest(self.folder / "checkpoints")
+        if saved is None:
+            return 0
+        state.restore(saved)
+        self._cut_log(saved.step)
+        return saved.step
+
+    def save(self, step: int, state: State) -> None:
+        """Write a checkpoint that resumes at `step`."""
+        checkpoint.save(self.folder / "checkpoints", step, state.tensors(), state.counters())
+
+    def steps(self, start: int, state: State) -> Iterator[int]:
+        """Yield `start … total − 1`; save every `save_minutes`, at the end, and on SIGTERM or Ctrl-C (then stop)."""
+        previous = {sig: signal.signal(sig, self._on_signal) for sig in (signal.SIGTERM, signal.SIGINT)}
+        saved_at, saved_step = time.monotonic(), start
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+        try:
+            with Progress(*columns, refresh_per_second=1) as bar:
+                task = bar.add_task(self.folder.name, total=self.total, completed=start, note="")
+                for step in range(start, self.total):
+                    yield step
+                    note = " ".join(f"{key} {value:.4g}" for key, value in self._running.items())
+                    bar.update(task, completed=step + 1, note=note)
+                    if self._stop or time.monotonic() - saved_at > self.save_seconds:
+                        self.save(step + 1, state)
+                        saved_at, saved_step = time.monotonic(), step + 1
+                    if self._stop:
+                        bar.console.print(f"stopped at step {step + 1}; the same command goes on from there")
+                        raise SystemExit(0)
+            if saved_step < self.total:
+                self.save(self.total, state)
+        finally:
+            for sig, handler in previous.items():
+                signal.signal(sig, handler)
+
+    def log(self, step: int, every: int = 20, **values: float) -> None:
+        """Smooth `values` into the progress note and append every `every`th step to the log.
+
+        Raises:
+            Diverged: a value is NaN or infinite.
+        """
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise Diverged(
+                    f"{key}={value} at step {step}; lower the learning rate, or resume from the last checkpoint in "
+                    f"{self.folder / 'checkpoints'}"
+                )
+            self._running[key] = 0.98 * self._running.get(key, value) + 0.02 * value
+        if step % every == 0:
+            self.record(step, **values)
+
+    def record(self, step: int, **values: Any) -> None:
+        """Append one line to `log.jsonl`."""
+        with (self.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n")
+
+    def _cut_log(self, step: int) -> None:
+        """Forget log lines of steps that will be run again."""
+        path = self.folder / LOG
+        if path.is_file():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] < step]
+            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
