@@ -41,7 +41,9 @@ class EngineBenchSettings(CommandSettings, env_prefix="CDM_BENCH_ENGINE_"):
 
     bundle: Path = Field(description="bundle folder")
     student: Path = Field(description="the diffusers folder that the bundle was exported from")
-    teacher: Path | None = Field(None, description="the teacher's diffusers folder; none leaves the teacher out")
+    teacher: Path | None = Field(
+        None, description="the teacher's diffusers folder; none leaves the teacher out"
+    )
     steps: list[int] = Field([1, 2, 4], min_length=1, description="step counts")
     rounds: int = Field(20, ge=1, description="measured rounds; every contender runs once in each")
     teacher_rounds: int = Field(3, ge=1, description="rounds in which the teacher takes part")
@@ -71,7 +73,9 @@ def run(settings: EngineBenchSettings) -> int:
         torch.set_num_threads(settings.threads)
     bundle = load_bundle(settings.bundle)
     if unknown := [steps for steps in settings.steps if steps not in bundle.manifest.schedules]:
-        raise UsageError(f"--steps={unknown[0]}: the bundle has schedules for {sorted(bundle.manifest.schedules)}")
+        raise UsageError(
+            f"--steps={unknown[0]}: the bundle has schedules for {sorted(bundle.manifest.schedules)}"
+        )
     options = EngineOptions(settings.runtime, settings.precision, settings.threads)
     started = time.perf_counter()
     engine = load_engine(bundle, options)
@@ -91,7 +95,8 @@ def run(settings: EngineBenchSettings) -> int:
         torch=torch.__version__,
         bundle=bundle.manifest.name,
         max_difference={
-            steps: _worst(pictures[engine_name, steps], pictures["diffusers float32", steps]) for steps in settings.steps
+            steps: _worst(pictures[engine_name, steps], pictures["diffusers float32", steps])
+            for steps in settings.steps
         },
     )
     engine.close()
@@ -102,20 +107,24 @@ def _contenders(settings: EngineBenchSettings, bundle: Bundle, engine: Engine) -
     """The engine first; every other one is compared with it."""
     info = engine.info
     latent, size = bundle.manifest.latent, bundle.manifest.default_size
-    start = noise(settings.seed, (latent.channels, size.height // latent.downscale, size.width // latent.downscale))
+    start = noise(
+        settings.seed, (latent.channels, size.height // latent.downscale, size.width // latent.downscale)
+    )
+    prompt, rounds = settings.prompt, settings.rounds
+    own = f"bundle {info.runtime} {info.precision}"
     contenders = [
-        Contender(f"bundle {info.runtime} {info.precision}", steps, steps, _through(engine, settings.prompt, start, steps), settings.rounds)
+        Contender(own, steps, steps, _through(engine, prompt, start, steps), rounds)
         for steps in settings.steps
     ]
     for name, dtype in DTYPES.items():
         student = _load(settings.student, dtype)
-        contenders += [
-            Contender(f"diffusers {name}", steps, steps, _diffusers(student, settings.prompt, start, steps, 1.0), settings.rounds)
-            for steps in settings.steps
-        ]
+        for steps in settings.steps:
+            draw = _diffusers(student, prompt, start, steps, 1.0)
+            contenders.append(Contender(f"diffusers {name}", steps, steps, draw, rounds))
         if settings.teacher:
-            draw = _diffusers(_load(settings.teacher, dtype), settings.prompt, start, TEACHER_STEPS, settings.guidance)
-            contenders.append(Contender(f"teacher {name}", TEACHER_STEPS, 2 * TEACHER_STEPS, draw, settings.teacher_rounds))
+            steps = TEACHER_STEPS
+            draw = _diffusers(_load(settings.teacher, dtype), prompt, start, steps, settings.guidance)
+            contenders.append(Contender(f"teacher {name}", steps, 2 * steps, draw, settings.teacher_rounds))
     return contenders
 
 
@@ -129,7 +138,9 @@ def _load(folder: Path, dtype: torch.dtype) -> SD3Family:
     return family
 
 
-def _through(engine: Engine, prompt: str, start: NDArray[np.float32], steps: int) -> Callable[[], NDArray[np.uint8]]:
+def _through(
+    engine: Engine, prompt: str, start: NDArray[np.float32], steps: int
+) -> Callable[[], NDArray[np.uint8]]:
     def draw() -> NDArray[np.uint8]:
         conditioning = engine.encode([engine.tokenize(prompt)])
         x = [engine.put(start)]
@@ -144,7 +155,7 @@ def _through(engine: Engine, prompt: str, start: NDArray[np.float32], steps: int
 def _diffusers(
     family: SD3Family, prompt: str, start: NDArray[np.float32], steps: int, guidance: float
 ) -> Callable[[], NDArray[np.uint8]]:
-    latents = torch.from_numpy(start[None]).to(family.transformer.dtype)
+    latents = torch.from_numpy(start[None]).to(next(family.transformer.parameters()).dtype)
     arguments: dict[str, Any] = {
         "num_inference_steps": steps,
         "sigmas": np.linspace(1.0, 1.0 / steps, steps).tolist(),
@@ -180,7 +191,7 @@ def _rows(contenders: list[Contender]) -> list[Mapping[str, Any]]:
     """Per contender its percentiles and `ratio`: its p50 over the engine's at as many steps (the teacher's: at 4)."""
     engine = contenders[0].name
     base = {item.steps: float(np.median(item.times)) for item in contenders if item.name == engine}
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     for item in contenders:
         reference = item.steps if item.steps in base else 4 if 4 in base else max(base)
         stats = percentiles(item.times)

@@ -28,7 +28,7 @@ ASCII = b"ASCII\x00\x00\x00"
 """EXIF 2.3, section 4.6.5: UserComment begins with eight bytes that name its character code."""
 
 # Pictures here are small and made in milliseconds: a smaller file is not worth waiting for.
-PNG_LEVEL = 3
+PNG_LEVEL = 2
 JPEG_QUALITY = 92
 WEBP_QUALITY = 92
 WEBP_METHOD = 2

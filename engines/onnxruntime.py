@@ -23,7 +23,8 @@ class OnnxRuntimeEngine(HostEngine):
         super().__init__(bundle)
         if options.precision not in ("auto", "f32"):
             raise RuntimeUnavailable(
-                f"precision={options.precision!r} is not one of onnxruntime's: auto, f32; use the openvino runtime for bf16"
+                f"precision={options.precision!r} is not one of onnxruntime's: auto, f32; "
+                "the openvino runtime has bf16"
             )
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads

@@ -55,9 +55,16 @@ class OpenVINOEngine(HostEngine):
         )
         self._requests = {component: self._load(component) for component in COMPONENTS}
         size, latent = self.manifest.default_size, self.manifest.latent
-        self._single: Shape = (1, latent.channels, size.height // latent.downscale, size.width // latent.downscale)
+        self._single: Shape = (
+            1,
+            latent.channels,
+            size.height // latent.downscale,
+            size.width // latent.downscale,
+        )
         self._single_request = self._load("denoiser", self._single)
-        needs_time = any(port.get_any_name().startswith(TIME) for port in self._requests["denoiser"].model_inputs)
+        needs_time = any(
+            port.get_any_name().startswith(TIME) for port in self._requests["denoiser"].model_inputs
+        )
         self._time = self._load(TIME) if needs_time else None
         self._read.clear()
         compiled = self._requests["denoiser"].get_compiled_model()
@@ -123,7 +130,7 @@ class OpenVINOEngine(HostEngine):
 
 
 def choose_precision(asked: str, cpuinfo: Path = CPUINFO) -> str:
-    """`f32` or `bf16`. `auto` is bf16 on a CPU with AMX-BF16 or AVX512-BF16 instructions; emulated, it is slower than f32.
+    """`f32` or `bf16`. `auto` is bf16 on a CPU with AMX-BF16 or AVX512-BF16; emulated, it is slower than f32.
 
     Raises:
         RuntimeUnavailable: a precision that is neither.

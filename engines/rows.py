@@ -28,6 +28,8 @@ class HostEngine(Engine):
     def __init__(self, bundle: Bundle) -> None:
         self.manifest = bundle.manifest
         self._text = BundleTokenizers(bundle)
+        factor = bundle.manifest.latent.downscale
+        self._latents = {(size.height // factor, size.width // factor) for size in bundle.manifest.sizes}
 
     @abstractmethod
     def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -40,7 +42,9 @@ class HostEngine(Engine):
         outputs = self._checked("text_encoder", len(tokens), self._text.batch(tokens))
         columns = [outputs[name] for name in self.manifest.conditioning]
         # Copies: callers cache embeddings, and a view would keep the whole batch alive.
-        return [tuple(np.array(column[row], dtype=np.float32) for column in columns) for row in range(len(tokens))]
+        return [
+            tuple(np.array(column[row], dtype=np.float32) for column in columns) for row in range(len(tokens))
+        ]
 
     def put(self, noise: Row) -> Row:
         return noise
@@ -64,13 +68,32 @@ class HostEngine(Engine):
 
     def decode(self, samples: Sequence[Row]) -> NDArray[np.uint8]:
         image = self._checked("decoder", len(samples), {"x": np.stack(samples)})["image"]
-        assert image.dtype == np.uint8
-        return image
+        return image.astype(np.uint8, copy=False)
 
     def _checked(self, component: str, batch: int, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         assert 1 <= batch <= self.info.max_batch, (component, batch, self.info.max_batch)
+        self._check_shapes(component, inputs)
         try:
             return self._run(component, inputs)
         except Exception as error:  # each runtime has its own; the scheduler knows one
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ExecutionError(f"{self.info.runtime} failed in {component} at batch {batch}: {reason[0]}") from error
+            raise ExecutionError(
+                f"{self.info.runtime} failed in {component} at batch {batch}: {reason[0]}"
+            ) from error
+
+    def _check_shapes(self, component: str, inputs: Mapping[str, Array]) -> None:
+        """Not left to the runtime: OpenVINO was seen to accept a smaller x and to read past its end."""
+        for name, spec in self.manifest.components[component].inputs.items():  # type: ignore[index]
+            shape = inputs[name].shape
+            fits = len(shape) == len(spec.shape) and all(
+                isinstance(allowed, str) or given == allowed
+                for given, allowed in zip(shape, spec.shape, strict=True)
+            )
+            if not fits:
+                raise ExecutionError(
+                    f"{component} takes {name} of shape {list(spec.shape)}, not {list(shape)}"
+                )
+        if "x" in inputs and inputs["x"].shape[2:] not in self._latents:
+            raise ExecutionError(
+                f"{component} takes latents of {sorted(self._latents)} (height, width), not {inputs['x'].shape[2:]}"
+            )

@@ -1,8 +1,8 @@
 """Prompt → token ids, with the `tokenizers` package and the bundle's JSON files; equal to transformers' tokenizers.
 
-    text = BundleTokenizers(bundle)
-    ids = text.tokenize("red apple")             # ((49406, 736, …, 49407), (49406, …))
-    text.batch([ids, ids])["input_ids"].shape    # (2, length)
+text = BundleTokenizers(bundle)
+ids = text.tokenize("red apple")             # ((49406, 736, …, 49407), (49406, …))
+text.batch([ids, ids])["input_ids"].shape    # (2, length)
 """
 
 from __future__ import annotations
@@ -44,4 +44,6 @@ class BundleTokenizers:
     def batch(self, tokens: Sequence[TokenIds]) -> dict[str, NDArray[np.int64]]:
         """The text encoder's inputs, `(batch, length)` each."""
         columns = zip(*tokens, strict=True)
-        return {name: np.array(column, dtype=np.int64) for name, column in zip(self.inputs, columns, strict=True)}
+        return {
+            name: np.array(column, dtype=np.int64) for name, column in zip(self.inputs, columns, strict=True)
+        }

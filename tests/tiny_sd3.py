@@ -26,7 +26,9 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 def build_tokenizer(words: tuple[str, ...] = WORDS, length: int = 12) -> CLIPTokenizer:
     """A CLIP tokenizer that knows every byte, and `words` as one token each; unknown words fall apart into bytes."""
     alphabet = sorted(ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*alphabet, *(f"{letter}</w>" for letter in alphabet)])}
+    vocab = {
+        token: index for index, token in enumerate([*alphabet, *(f"{letter}</w>" for letter in alphabet)])
+    }
     merges: list[tuple[str, str]] = []
     for word in words:
         left = word[0]

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training.errors import TrainingError
+from training.errors import Diverged, TrainingError
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,21 @@ class Checkpoint:
 def save(
     folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any], keep: int = 2
 ) -> Path:
-    """Write checkpoint `step` under `folder` and delete all but the newest `keep`."""
+    """Write checkpoint `step` under `folder` and delete all but the newest `keep`, and what killed runs left behind.
+
+    Raises:
+        Diverged: a tensor holds NaN or infinity; nothing is written.
+    """
+    for group, tensors in groups.items():
+        for key, value in tensors.items():
+            if not bool(torch.isfinite(value).all()):
+                raise Diverged(
+                    f"{group}/{key} is not finite at step {step}; no checkpoint is written, lower the learning rate"
+                )
     target = folder / f"step-{step:08d}"
     partial = folder / f".partial-{step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in folder.glob(".partial-*"):
+        shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     for name, tensors in groups.items():
         save_file({key: value.detach().contiguous().clone() for key, value in tensors.items()},

@@ -6,16 +6,15 @@ comes from (seed, step), so an iteration can be repeated alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engines.families.base import Conditioning, Family
 from training import losses
+from training.attention import fast_attention
 from training.config import CDMConfig
 from training.prompts import EmbeddingTable, Prompts
 from training.roles import Roles
@@ -58,10 +57,11 @@ class Distillation:
 
     def __init__(
         self, family: Family, config: CDMConfig, roles: Roles, prompts: Prompts, table: EmbeddingTable,
-        device: torch.device, pass_batch: int = 128,
+        pass_batch: int = 128,
     ) -> None:  # fmt: skip
         self.family, self.config, self.roles = family, config, roles
-        self.prompts, self.table, self.device = prompts, table, device
+        self.prompts, self.table = prompts, table
+        self.device = next(roles.teacher.parameters()).device
         self.pass_batch = pass_batch
         self.latent_shape = (family.latent_channels, *family.latent_size)
 
@@ -181,8 +181,8 @@ class Distillation:
         return Draw(generator(self.config.seed, step, stream), self.device)
 
 
-def distill(work: Distillation, run: Run, after: Callable[[int], None] = lambda done: None) -> None:
-    """Iterate until `run` is complete, from its newest checkpoint if it has one.
+def distill(work: Distillation, run: Run, after: Callable[[int], None] = lambda done: None) -> int:
+    """Iterate until `run` is complete, from its newest checkpoint if it has one; the number of iterations behind it.
 
     `after` is called with the number of iterations done, after each: sample grids, exports.
 
@@ -194,13 +194,4 @@ def distill(work: Distillation, run: Run, after: Callable[[int], None] = lambda 
         for step in run.steps(start, work.roles):
             run.log(step, every=1, **work.iterate(step))
             after(step + 1)
-
-
-@contextmanager
-def fast_attention(device: torch.device) -> Iterator[None]:
-    """On CPUs torch's flash attention has a slow bf16 backward: plain matrix products are faster at these lengths."""
-    if device.type != "cpu":
-        yield
-        return
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    return max(start, run.total)

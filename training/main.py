@@ -56,7 +56,7 @@ COMMANDS = {
         "training.recipes:train_sd3",
         "distil SD3-Medium with the published settings",
         extra="train",
-        epilog="cdm-train sd3-cdm --teacher TEACHER --prompts prompts.txt --device cuda",
+        epilog="cdm-train sd3-cdm --teacher TEACHER --prompts prompts.txt",
         user_errors=USER_ERRORS,
     ),
     "evaluate": Command(

@@ -44,7 +44,7 @@ class MixedPrecision:
             for master, copy in zip(masters, self._copies, strict=True):
                 master.grad = None if copy.grad is None else copy.grad.float()
                 copy.grad = None
-        norm = float(nn.utils.clip_grad_norm_(masters, clip))
+        norm = nn.utils.clip_grad_norm_(masters, clip).item()
         if math.isfinite(norm):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field, create_model
 
@@ -46,7 +46,6 @@ class DistilSettings(CommandSettings, CDMConfig):
     export_every: int = Field(0, ge=0, description="steps between exports of the averaged student; 0: at the end only")
     pass_batch: int = Field(128, ge=1, description="most samples in one no-gradient pass of a network")
     max_embedding_gb: float = Field(8.0, gt=0, description="most memory for prompt embeddings")
-    device: Literal["cpu", "cuda"] = Field("cpu", description="where the networks run")
     threads: int = Field(1, ge=1, description="CPU threads")
 
     def config(self) -> CDMConfig:

@@ -40,18 +40,18 @@ class Trained:
 class Roles:
     """Student, teacher and fake teacher; saved and restored as one."""
 
-    def __init__(self, transformer: nn.Module, config: CDMConfig, device: torch.device) -> None:
-        """Takes `transformer` (float32) over as the teacher: it is moved to `device` and `config.dtype`."""
+    def __init__(self, transformer: nn.Module, config: CDMConfig) -> None:
+        """Takes `transformer` (float32) over as the teacher: it is cast to `config.dtype`. All stay on its device."""
         self.config = config
         dtype = getattr(torch, config.dtype)
-        self.student = self._trained(transformer, dtype, device, config.lr_student)
-        self.fake = self._trained(transformer, dtype, device, config.lr_fake)
-        self.teacher = transformer.to(device, dtype).eval().requires_grad_(False)
+        self.student = self._trained(transformer, dtype, config.lr_student)
+        self.fake = self._trained(transformer, dtype, config.lr_fake)
+        self.teacher = transformer.to(dtype).eval().requires_grad_(False)
         self.ema = EMA(self.student.mixed.masters, config.ema_decay)
 
-    def _trained(self, transformer: nn.Module, dtype: torch.dtype, device: torch.device, lr: float) -> Trained:
+    def _trained(self, transformer: nn.Module, dtype: torch.dtype, lr: float) -> Trained:
         config = self.config
-        net = copy.deepcopy(transformer).float().to(device).eval().requires_grad_(True)
+        net = copy.deepcopy(transformer).float().eval().requires_grad_(True)
         mixed = MixedPrecision(net, dtype)
         optimizer = torch.optim.AdamW(
             mixed.parameters, lr=lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,

@@ -95,11 +95,12 @@ class Run:
     def resume(self, state: State) -> int:
         """Restore the newest checkpoint into `state`; the step to go on with."""
         saved = checkpoint.latest(self.folder / "checkpoints")
-        if saved is None:
-            return 0
-        state.restore(saved)
-        self._cut_log(saved.step)
-        return saved.step
+        step = 0
+        if saved is not None:
+            state.restore(saved)
+            step = saved.step
+        self._cut_log(step)
+        return step
 
     def save(self, step: int, state: State) -> None:
         """Write a checkpoint that resumes at `step`."""
@@ -152,11 +153,18 @@ class Run:
             file.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n")
 
     def _cut_log(self, step: int) -> None:
-        """Forget log lines of steps that will be run again."""
+        """Forget log lines of steps that will be run again, and a line that a killed run left half written."""
         path = self.folder / LOG
-        if path.is_file():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] < step]
-            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] < step:
+                    kept.append(line + "\n")
+            except ValueError:
+                continue
+        path.write_text("".join(kept), encoding="utf-8")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = True

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -38,20 +38,22 @@ class SamplesSettings(CommandSettings, env_prefix="CDM_SAMPLES_"):
 
     teacher: Path = Field(description="diffusers folder of the teacher")
     student: Path | None = Field(None, description="diffusers folder of the student; none: the teacher alone")
-    teacher_steps: list[int] = Field(
+    teacher_steps: list[Annotated[int, Field(ge=1)]] = Field(
         [50, 4], min_length=1, description="step counts of the teacher, a column each"
     )
-    student_steps: list[int] = Field(
+    student_steps: list[Annotated[int, Field(ge=1)]] = Field(
         [1, 2, 4], min_length=1, description="step counts of the student, a column each"
     )
     guidance: float = Field(4.0, ge=0, description="the teacher's guidance; other than 1 it doubles the NFE")
-    prompts: Path = Field(PROMPTS, description="text file, a prompt per line")
+    prompts: Path | None = Field(None, description="text file, a prompt per line; none: the ones that ship")
     data: Path = Field(Path("data/emoji"), description="dataset folder: tells which prompts are held out")
     out: Path = Field(Path("docs/samples.png"), description="PNG of the whole sheet")
     row: Path | None = Field(None, description="PNG of one row: the last column's pictures of some prompts")
     row_count: int = Field(8, ge=1, description="pictures in that row")
     batch: int = Field(16, ge=1, description="pictures made at once")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="transformer's precision")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="precision of transformer and autoencoder"
+    )
     seed: int = Field(0, ge=0, le=1_000_000, description="prompt i starts from noise seed + i")
     threads: int = Field(1, ge=1, description="CPU threads")
 
@@ -67,7 +69,7 @@ class Column:
 def samples(settings: SamplesSettings) -> int:
     """Draw and write the sheet, and the row if asked for."""
     torch.set_num_threads(settings.threads)
-    prompts = read_prompts(settings.prompts)
+    prompts = read_prompts(settings.prompts or PROMPTS)
     data = EmojiDataset.load(settings.data)
     held = held_out(data, prompts)
     columns = draw(load_model(settings.teacher, settings.dtype), "teacher", prompts, settings)

@@ -1,1 +1,4 @@
-"""Student (diffusers folder) → bundle (ONNX + manifest). Needs torch, diffusers and onnx; serving does not import it."""
+"""Student (diffusers folder) → bundle (ONNX, manifest).
+
+Needs torch, diffusers and onnx; serving imports none of this.
+"""

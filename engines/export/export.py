@@ -41,7 +41,14 @@ from engines.bundle import (
 )
 from engines.errors import ExportError
 from engines.export.graphs import DecoderGraph, DenoiserGraph, TextEncoderGraph, exportable
-from engines.export.onnx_file import Axes, describe, round_to_float16_, save_model, store_weights_as_float16, to_onnx
+from engines.export.onnx_file import (
+    Axes,
+    describe,
+    round_to_float16_,
+    save_model,
+    store_weights_as_float16,
+    to_onnx,
+)
 from engines.export.parity import (
     BATCHES,
     EXAMPLE_BATCH,
@@ -100,7 +107,9 @@ def export_bundle(
             else than a bundle. `out` is then as it was before.
     """
     if not 1 <= options.default_steps <= options.max_steps:
-        raise ExportError(f"default steps {options.default_steps} must be between 1 and max steps {options.max_steps}")
+        raise ExportError(
+            f"default steps {options.default_steps} must be between 1 and max steps {options.max_steps}"
+        )
     if out.exists() and not (out / MANIFEST).is_file():
         raise ExportError(f"{out} exists and is not a bundle; give another --out, or remove it first")
     try:
@@ -123,7 +132,8 @@ def export_bundle(
 def _write_bundle(
     family: Family, student: Path, root: Path, options: ExportOptions, progress: Callable[[str], None]
 ) -> Manifest:
-    sizes = options.sizes or (Size(width=family.latent_size[1] * family.downscale, height=family.latent_size[0] * family.downscale),)
+    height, width = (side * family.downscale for side in family.latent_size)
+    sizes = options.sizes or (Size(width=width, height=height),)
     latents = [_latent(family, size) for size in sizes]
     graphs = _graphs(family)
     progress("torch, original weights")
@@ -132,17 +142,19 @@ def _write_bundle(
     round_to_float16_([family.transformer, family.vae, *family.text_modules().values()])
     _answer(graphs, table, "stored")
     example = probes(family, EXAMPLE_BATCH, latents[0], options.seed + 1)
-    components: dict[str, Component] = {}
+    components: dict[Any, Component] = {}
     for name, graph in graphs.items():
         progress(f"{name}: ONNX")
-        components[name] = _export_component(root, name, graph, example[name], table[name], len(sizes) > 1, options)
+        components[name] = _export_component(
+            root, name, graph, example[name], table[name], len(sizes) > 1, options
+        )
         gc.collect()
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name=options.name or student.resolve().name,
         family=family.name,
         precision="float16",
-        components=components,  # type: ignore[arg-type]
+        components=components,
         tokenizers=write_tokenizers(family, root),
         latent=Latent(
             channels=family.latent_channels,
@@ -177,7 +189,8 @@ def _graphs(family: Family) -> dict[str, Any]:
 def _latent(family: Family, size: Size) -> tuple[int, int]:
     if size.width % family.downscale or size.height % family.downscale:
         raise ExportError(
-            f"size {size.width}x{size.height}: both sides must be multiples of {family.downscale}, the autoencoder's factor"
+            f"size {size.width}x{size.height}: both sides must be multiples of {family.downscale}, "
+            "the autoencoder's factor"
         )
     return size.height // family.downscale, size.width // family.downscale
 
@@ -229,14 +242,17 @@ def _export_component(
 
 
 def write_tokenizers(family: Family, root: Path) -> tuple[Tokenizer, ...]:
-    """Write one JSON file per *different* tokenizer (SD3's two are usually the same); an entry per text-encoder input."""
+    """Write one JSON file per *different* tokenizer (SD3's two are often the same); an entry per text-encoder input."""
     written: dict[str, Path] = {}
     tokenizers = []
     for spec in family.tokenizer_specs():
-        path = written.setdefault(spec["json"], root / ("tokenizer.json" if not written else f"tokenizer_{len(written) + 1}.json"))
+        name = f"tokenizer_{len(written) + 1}.json" if written else "tokenizer.json"
+        path = written.setdefault(spec["json"], root / name)
         path.write_text(spec["json"], encoding="utf-8")
         tokenizers.append(
-            Tokenizer(file=file_ref(root, path), input=spec["input"], length=spec["length"], pad_id=spec["pad_id"])
+            Tokenizer(
+                file=file_ref(root, path), input=spec["input"], length=spec["length"], pad_id=spec["pad_id"]
+            )
         )
     return tuple(tokenizers)
 
@@ -250,7 +266,9 @@ def read_provenance(student: Path) -> Provenance:
     tools = {name: importlib.metadata.version(name) for name in TOOLS}
     path = student / PROVENANCE
     if not path.is_file():
-        return Provenance(teacher="unknown", recipe="unknown", config_sha256="unknown", steps_trained=0, tools=tools)
+        return Provenance(
+            teacher="unknown", recipe="unknown", config_sha256="unknown", steps_trained=0, tools=tools
+        )
     try:
         return Provenance.model_validate({**json.loads(path.read_text(encoding="utf-8")), "tools": tools})
     except (ValueError, TypeError) as error:

@@ -42,7 +42,9 @@ class DenoiserGraph(nn.Module):
         self.inputs = ("x", "sigma", "sigma_next", *conditioning)
         self.outputs = ("x_next", "x0")
 
-    def forward(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, *conditioning: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, sigma: Tensor, sigma_next: Tensor, *conditioning: Tensor
+    ) -> tuple[Tensor, Tensor]:
         named = dict(zip(self.inputs[3:], conditioning, strict=True))
         velocity = self._family.velocity(self.weights, x, sigma, named)
         sigma_B111, next_B111 = sigma[:, None, None, None], sigma_next[:, None, None, None]
@@ -71,11 +73,11 @@ class DecoderGraph(nn.Module):
 def exportable() -> Iterator[None]:
     """Run the body with modules whose ONNX form differs from torch swapped for equal ones that export right."""
     original = PatchEmbed.cropped_pos_embed
-    PatchEmbed.cropped_pos_embed = _cropped_pos_embed  # type: ignore[method-assign]
+    PatchEmbed.cropped_pos_embed = _cropped_pos_embed
     try:
         yield
     finally:
-        PatchEmbed.cropped_pos_embed = original  # type: ignore[method-assign]
+        PatchEmbed.cropped_pos_embed = original
 
 
 def _cropped_pos_embed(self: PatchEmbed, height: int, width: int) -> Tensor:
@@ -87,5 +89,8 @@ def _cropped_pos_embed(self: PatchEmbed, height: int, width: int) -> Tensor:
     """
     limit, rows, columns = self.pos_embed_max_size, height // self.patch_size, width // self.patch_size
     table = self.pos_embed.reshape(1, limit, limit, -1)
-    table = table[:, (limit - rows) // 2 : (limit + rows) // 2, (limit - columns) // 2 : (limit + columns) // 2, :]
-    return table.reshape(1, -1, table.shape[-1])
+    table = table[
+        :, (limit - rows) // 2 : (limit + rows) // 2, (limit - columns) // 2 : (limit + columns) // 2, :
+    ]
+    crop: Tensor = table.reshape(1, -1, table.shape[-1])
+    return crop

@@ -29,7 +29,9 @@ class ExportSettings(CommandSettings, env_prefix="CDM_EXPORT_"):
 
     student: CliPositionalArg[Path] = Field(description="diffusers folder of the student (safetensors)")
     out: Path = Field(description="bundle folder to write; a bundle that is there is replaced")
-    name: str = Field("", max_length=128, description="model name in the manifest; empty: the student folder's name")
+    name: str = Field(
+        "", max_length=128, description="model name in the manifest; empty: the student folder's name"
+    )
     default_steps: int = Field(4, ge=1, description="steps of a picture whose request names none")
     max_steps: int = Field(8, ge=1, le=100, description="schedules are written for 1 to this many steps")
     sizes: list[str] = Field([], description="picture sizes WxH, default first; empty: the model's own")
@@ -38,7 +40,9 @@ class ExportSettings(CommandSettings, env_prefix="CDM_EXPORT_"):
         Tolerance.stored, gt=0, description="largest relative L2 error against torch with the stored weights"
     )
     tolerance_original: float = Field(
-        Tolerance.original, gt=0, description="largest relative L2 error against torch with the original float32 weights"
+        Tolerance.original,
+        gt=0,
+        description="largest relative L2 error against torch with the original weights",
     )
 
     @field_validator("sizes")
@@ -62,7 +66,9 @@ def parity_table(manifest: Manifest) -> str:
     for name, component in manifest.components.items():
         for parity in component.parity:
             reference = f"{parity.weights} weights"
-            rows.append(f"{name:<13}{parity.batch:>6}  {reference:<19}{parity.max_abs:>10.2e}{parity.rel_l2:>11.2e}")
+            rows.append(
+                f"{name:<13}{parity.batch:>6}  {reference:<19}{parity.max_abs:>10.2e}{parity.rel_l2:>11.2e}"
+            )
     return "\n".join(rows)
 
 

@@ -61,7 +61,7 @@ def to_onnx(module: nn.Module, graph: Graph, example: dict[str, Tensor], axes: A
         ExportError: the exporter cannot express the module.
     """
     # `forward(*args)` has one parameter for torch.export: its shapes are one tuple.
-    positional = [{index: torch.export.Dim.DYNAMIC for index in axes.names(name)} for name in graph.inputs]
+    positional = [dict.fromkeys(axes.names(name), torch.export.Dim.DYNAMIC) for name in graph.inputs]
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns that torchvision, which nothing here uses, is not installed
@@ -80,7 +80,9 @@ def to_onnx(module: nn.Module, graph: Graph, example: dict[str, Tensor], axes: A
                 verbose=False,
             )
     except Exception as error:  # the exporter raises its own, torch.export's and plain ones
-        raise ExportError(f"{type(module).__name__} cannot be exported: {str(error).splitlines()[0]}") from error
+        raise ExportError(
+            f"{type(module).__name__} cannot be exported: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         logger.setLevel(level)
     assert program is not None
@@ -124,12 +126,14 @@ def round_to_float16_(modules: list[nn.Module]) -> None:
             rounded = parameter.data.to(torch.float16).to(torch.float32)
             if not bool(torch.isfinite(rounded).all()):
                 largest = float(parameter.data.abs().max())
-                raise ExportError(f"{name} holds |w| = {largest:g}; stored weights must be finite and below 65504")
+                raise ExportError(
+                    f"{name} holds |w| = {largest:g}; stored weights must be finite and below 65504"
+                )
             parameter.data.copy_(rounded)
 
 
 def store_weights_as_float16(model: onnx.ModelProto) -> None:
-    """Store each float32 initializer that float16 holds exactly as float16, with a Cast back: half the file, same model."""
+    """Store each float32 matrix that float16 holds exactly as float16, with a Cast back: half the file, same model."""
     casts = []
     for tensor in model.graph.initializer:
         if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:
@@ -141,7 +145,9 @@ def store_weights_as_float16(model: onnx.ModelProto) -> None:
             continue
         name = tensor.name
         tensor.CopyFrom(numpy_helper.from_array(half, f"{name}.float16"))
-        casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], name=f"{name}.cast", to=TensorProto.FLOAT))
+        casts.append(
+            onnx.helper.make_node("Cast", [tensor.name], [name], name=f"{name}.cast", to=TensorProto.FLOAT)
+        )
     nodes = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*casts, *nodes])

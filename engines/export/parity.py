@@ -6,6 +6,7 @@ import random
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -44,18 +45,23 @@ class Tolerance:
         where = f"{component} at batch {parity.batch} against torch with {parity.weights} weights"
         if component == "decoder" and parity.weights == "stored":
             if not parity.max_abs <= self.levels:
-                raise ExportError(f"{where}: pictures differ by {parity.max_abs:g} of 255; at most {self.levels} is allowed")
+                raise ExportError(
+                    f"{where}: pictures differ by {parity.max_abs:g} of 255; at most {self.levels} is allowed"
+                )
         elif not parity.rel_l2 <= limit:
-            raise ExportError(f"{where}: relative L2 error {parity.rel_l2:.2e}; at most {limit:.0e} is allowed")
+            raise ExportError(
+                f"{where}: relative L2 error {parity.rel_l2:.2e}; at most {limit:.0e} is allowed"
+            )
 
 
 def random_prompts(count: int, generator: random.Random) -> list[str]:
-    """Prompts of 0 to 12 made-up words: every letter and digit turns up, and some are longer than a text encoder reads."""
+    """Prompts of 0 to 12 made-up words; every letter and digit turns up, some are longer than encoders read."""
     letters = string.ascii_letters + string.digits
-    return [
-        " ".join("".join(generator.choices(letters, k=generator.randint(1, 8))) for _ in range(generator.randint(0, 12)))
-        for _ in range(count)
-    ]
+
+    def word() -> str:
+        return "".join(generator.choices(letters, k=generator.randint(1, 8)))
+
+    return [" ".join(word() for _ in range(generator.randint(0, 12))) for _ in range(count)]
 
 
 def probes(family: Family, batch: int, latent: tuple[int, int], seed: int) -> dict[str, dict[str, Tensor]]:
@@ -75,7 +81,9 @@ def probes(family: Family, batch: int, latent: tuple[int, int], seed: int) -> di
     }
 
 
-def run_torch(module: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...], probe: dict[str, Tensor]) -> Arrays:
+def run_torch(
+    module: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...], probe: dict[str, Tensor]
+) -> Arrays:
     """The module's outputs by name, without gradient."""
     with torch.no_grad():
         results = module(*(probe[name] for name in inputs))
@@ -97,11 +105,11 @@ def run_onnx(session: ort.InferenceSession, probe: dict[str, Tensor]) -> Arrays:
     return dict(zip(names, results, strict=True))
 
 
-def compare(batch: int, weights: str, actual: Arrays, reference: Arrays) -> Parity:
+def compare(batch: int, weights: Any, actual: Arrays, reference: Arrays) -> Parity:
     """The worst error over the outputs."""
     pairs = [(actual[name].astype(np.float64), reference[name].astype(np.float64)) for name in reference]
     max_abs = max(float(np.abs(a - b).max()) for a, b in pairs)
     rel_l2 = max(float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12)) for a, b in pairs)
     if not np.isfinite([max_abs, rel_l2]).all():
         raise ExportError(f"the model's output is not finite at batch {batch} (with {weights} weights)")
-    return Parity(weights=weights, batch=batch, max_abs=max_abs, rel_l2=rel_l2)  # type: ignore[arg-type]
+    return Parity(weights=weights, batch=batch, max_abs=max_abs, rel_l2=rel_l2)

@@ -91,9 +91,12 @@ class SD3Family(Family):
         source = str(folder)
         try:
             index = StableDiffusion3Pipeline.load_config(source)
-            if missing := [name for name in _components(index) if Path(source).is_dir() and not (folder / name).is_dir()]:
+            local = Path(source).is_dir()
+            if missing := [name for name in _components(index) if local and not (folder / name).is_dir()]:
                 raise FamilyError(f"{folder} lacks {', '.join(missing)}, which its model_index.json names")
-            absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
+            absent = {
+                name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None
+            }
             with _quiet():
                 pipeline = StableDiffusion3Pipeline.from_pretrained(
                     source, dtype=dtype, use_safetensors=True, **absent
@@ -153,7 +156,9 @@ class SD3Family(Family):
     def text_modules(self) -> dict[str, nn.Module]:
         """`text_encoder`, `text_encoder_2` and, if there is one, `text_encoder_3`."""
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-        return {name: getattr(self.pipeline, name) for name in names if getattr(self.pipeline, name) is not None}
+        return {
+            name: getattr(self.pipeline, name) for name in names if getattr(self.pipeline, name) is not None
+        }
 
     def tokenizer_specs(self) -> list[dict[str, Any]]:
         """One `{"input", "length", "pad_id", "json"}` per text encoder; the JSON neither cuts nor pads by itself."""
@@ -163,12 +168,16 @@ class SD3Family(Family):
             # transformers leaves the last call's truncation and padding in the backend: not part of the model.
             document["truncation"] = document["padding"] = None
             text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-            specs.append({"input": name, "length": length, "pad_id": int(tokenizer.pad_token_id), "json": text})
+            specs.append(
+                {"input": name, "length": length, "pad_id": int(tokenizer.pad_token_id), "json": text}
+            )
         return specs
 
     # latents
 
-    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         """v `(B, C, H, W)` in x's dtype; the time embedding's sines are computed from float32 σ·1000."""
         dtype = next(transformer.parameters()).dtype
         velocity: Tensor = transformer(
@@ -188,7 +197,11 @@ class SD3Family(Family):
         if config.use_dynamic_shifting:
             tokens = (self.latent_size[0] // self.patch_size) * (self.latent_size[1] // self.patch_size)
             mu = calculate_shift(
-                tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+                tokens,
+                config.base_image_seq_len,
+                config.max_image_seq_len,
+                config.base_shift,
+                config.max_shift,
             )
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist(), mu=mu)
         shifted: list[float] = scheduler.sigmas.tolist()
@@ -200,7 +213,8 @@ class SD3Family(Family):
         """Pictures in about [−1, 1], `(B, 3, 8H, 8W)` for an f8 autoencoder: unscale, unshift, decode."""
         dtype = next(self.vae.parameters()).dtype
         unscaled = (latents / self.scaling_factor) + self.shift_factor
-        picture: Tensor = self.vae.decode(unscaled.to(dtype), return_dict=False)[0]
+        decode: Any = self.vae.decode
+        picture: Tensor = decode(unscaled.to(dtype), return_dict=False)[0]
         return picture
 
     def save(self, folder: Path, transformer: nn.Module | None = None) -> None:

@@ -7,10 +7,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from engines.bundle import Bundle
 from engines.fake import fake_bundle
 from tests.cdm_serve.helpers import PATIENCE_S, App, Gate
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,9 @@ def test_stored_bytes_come_back(tmp_path: Path) -> None:
     assert CompiledCache.open(tmp_path, "a" * 64, **KEY).load("decoder") is None
 
 
-@pytest.mark.parametrize("changed", [{"version": "2"}, {"device": "gpu"}, {"precision": "bf16"}, {"threads": 2}])
+@pytest.mark.parametrize(
+    "changed", [{"version": "2"}, {"device": "gpu"}, {"precision": "bf16"}, {"threads": 2}]
+)
 def test_any_change_of_the_key_misses(tmp_path: Path, changed: dict[str, object]) -> None:
     CompiledCache.open(tmp_path, "a" * 64, **KEY).store("denoiser", b"blob")
     assert CompiledCache.open(tmp_path, "a" * 64, **{**KEY, **changed}).load("denoiser") is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,10 @@ def family(student: Path) -> SD3Family:
 
 
 @pytest.fixture(scope="module")
-def pipeline(student: Path) -> Iterator[StableDiffusion3Pipeline]:
+def pipeline(student: Path) -> StableDiffusion3Pipeline:
     loaded = StableDiffusion3Pipeline.from_pretrained(student, text_encoder_3=None, tokenizer_3=None)
     loaded.set_progress_bar_config(disable=True)
-    yield loaded
+    return loaded
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def test_sampling_by_hand_equals_the_pipelines_picture(
     noise = torch.randn((3, 8, *family.latent_size), generator=torch.Generator().manual_seed(1))
     conditioning, x = family.encode(PROMPTS), noise.clone()
     sigmas = family.sigmas(steps)
-    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, sigma_next in pairwise(sigmas):
         velocity = family.velocity(family.transformer, x, torch.full((3,), sigma), conditioning)
         x = x + (sigma_next - sigma) * velocity
     theirs = pipeline(
@@ -81,7 +81,9 @@ def test_saved_folder_is_the_same_model_with_the_given_transformer(family: SD3Fa
     again = load_family(tmp_path / "saved")
     for name, weights in again.transformer.state_dict().items():
         assert torch.equal(weights, other.state_dict()[name]), name
-    assert torch.equal(again.encode(PROMPTS)["pooled_projections"], family.encode(PROMPTS)["pooled_projections"])
+    assert torch.equal(
+        again.encode(PROMPTS)["pooled_projections"], family.encode(PROMPTS)["pooled_projections"]
+    )
     assert not list((tmp_path / "saved").rglob("*.bin"))
 
 
@@ -90,7 +92,9 @@ def test_velocity_keeps_the_samples_dtype_and_tells_close_times_apart(student: P
     x, conditioning = torch.randn((1, 8, 8, 8)), half.encode(["red apple"])
     with torch.no_grad():
         # 1000·0.9 and 1000·0.9015 are the same bfloat16.
-        early, late = [half.velocity(half.transformer, x, torch.tensor([s]), conditioning) for s in (0.9, 0.9015)]
+        early, late = [
+            half.velocity(half.transformer, x, torch.tensor([s]), conditioning) for s in (0.9, 0.9015)
+        ]
     assert early.dtype == torch.float32
     assert not torch.equal(early, late)
 

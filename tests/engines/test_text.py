@@ -16,7 +16,9 @@ from engines.families.base import load_family
 from engines.text import BundleTokenizers
 from tests.tiny_sd3 import WORDS, build_tokenizer
 
-words = st.lists(st.sampled_from([*WORDS, "Xyz", "’s", "it's", "<|endoftext|>", "<|startoftext|>", "2nd"])).map(" ".join)
+words = st.lists(
+    st.sampled_from([*WORDS, "Xyz", "’s", "it's", "<|endoftext|>", "<|startoftext|>", "2nd"])
+).map(" ".join)
 TRANSFORMERS = build_tokenizer()
 
 
@@ -34,7 +36,9 @@ def text(bundle: Bundle) -> BundleTokenizers:
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.one_of(st.text(), words, st.text(st.characters(codec="utf-8", categories=["So", "Mn", "Cf", "Lo"]))))
+@given(
+    st.one_of(st.text(), words, st.text(st.characters(codec="utf-8", categories=["So", "Mn", "Cf", "Lo"])))
+)
 @example("")
 @example("  red \t\n apple\u3000 ")
 @example("red apple " * 40)
@@ -59,7 +63,9 @@ def test_batch_is_one_row_per_prompt(text: BundleTokenizers, student: Path) -> N
     prompts = ["red apple", "flag of japan"]
     mine = text.batch([text.tokenize(prompt) for prompt in prompts])
     theirs = load_family(student).tokenize(prompts)
-    assert {name: ids.tolist() for name, ids in mine.items()} == {name: ids.tolist() for name, ids in theirs.items()}
+    assert {name: ids.tolist() for name, ids in mine.items()} == {
+        name: ids.tolist() for name, ids in theirs.items()
+    }
 
 
 def test_unreadable_tokenizer_is_named(bundle: Bundle, tmp_path: Path) -> None:

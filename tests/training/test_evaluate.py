@@ -14,7 +14,7 @@ from training.errors import TrainingError
 from training.evalset import Scorer, choose, pictures
 from training.evaluator import Evaluator
 from training.main import main
-from training.samples import held_out, read_prompts
+from training.samples import PROMPTS, held_out, read_prompts
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +163,13 @@ def test_an_empty_or_missing_prompts_file_is_refused(tmp_path):
         read_prompts(tmp_path / "empty.txt")
     with pytest.raises(TrainingError, match="cannot be read"):
         read_prompts(tmp_path / "none.txt")
+
+
+def test_the_prompts_that_ship_are_24_of_many_kinds():
+    prompts = read_prompts(PROMPTS)
+    assert len(set(prompts)) == len(prompts) == 24
+
+
+def test_a_step_count_below_one_is_refused(tiny_model, tiny_data, tiny_evaluator, capsys):
+    assert run(tiny_model, tiny_data, tiny_evaluator, "--steps", "4,0") == 2
+    assert "--steps" in capsys.readouterr().err

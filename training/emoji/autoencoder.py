@@ -143,10 +143,10 @@ def train(settings: AutoencoderSettings) -> int:
         loss.backward()
         mixed.step(optimizer, clip=1.0, lr=settings.lr * warmup(step, settings.steps, 100, "cosine"))
         ema.update(mixed.masters)
+        error = (output - target).detach()
         run.log(
-            step, loss=float(loss), l1=float((output - target).abs().mean()),
-            colour=float(F.avg_pool2d(output - target, 8).square().mean()),
-        )  # fmt: skip
+            step, loss=loss.item(), l1=error.abs().mean().item(), colour=F.avg_pool2d(error, 8).square().mean().item()
+        )
     _finish(model.float(), ema, data, settings)
     return 0
 

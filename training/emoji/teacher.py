@@ -28,6 +28,7 @@ from training.ema import EMA
 from training.emoji.autoencoder import encode_images
 from training.emoji.dataset import EmojiDataset, caption
 from training.emoji.model import ModelConfig, build_pipeline
+from training.emoji.splits import Split
 from training.errors import TrainingError
 from training.grid import sample_grid
 from training.optim import MixedPrecision, split_muon, warmup
@@ -162,7 +163,7 @@ def train(settings: TeacherSettings) -> int:
             *teacher.optimizers, clip=1.0, lr=settings.lr * warmup(step, settings.steps, 200, "constant") * cooled
         )
         teacher.ema.update(teacher.mixed.masters)
-        run.log(step, loss=float(loss), norm=norm)
+        run.log(step, loss=loss.item(), norm=norm)
         if settings.sample_every and (step + 1) % settings.sample_every == 0:
             look(run, step, teacher.averaged(settings.out / "initial"), data, latents_NCHW, settings)
     write_model(teacher.averaged(settings.out / "initial"), settings, settings.steps, data)
@@ -182,9 +183,13 @@ def look(
 
 
 def grid_rows(data: EmojiDataset) -> list[int]:
-    """16 training and 16 held-out pictures, always the same."""
-    rows = [int(i) for split, count in (("train", 16), ("heldout_pair", 8), ("heldout_combination", 8))
-            for i in np.random.default_rng(0).choice(np.asarray(data.indices(split)), count, replace=False)]  # type: ignore[arg-type]  # fmt: skip
+    """Up to 16 training and 16 held-out pictures, always the same."""
+    wanted: tuple[tuple[Split, int], ...] = (("train", 16), ("heldout_pair", 8), ("heldout_combination", 8))
+    random = np.random.default_rng(0)
+    rows: list[int] = []
+    for split, count in wanted:
+        there = np.asarray(data.indices(split))
+        rows += random.choice(there, min(count, len(there)), replace=False).tolist()
     return rows
 
 
@@ -209,7 +214,7 @@ def heldout_loss(
     noise_BCHW = torch.randn(x0_BCHW.shape, generator=random)
     sigma_B = draw_sigma(len(rows), settings.shift, random)
     ids = family.tokenize([caption(data.records[row]) for row in rows])
-    return float(flow_matching_loss(family, x0_BCHW, noise_BCHW, sigma_B, ids))
+    return flow_matching_loss(family, x0_BCHW, noise_BCHW, sigma_B, ids).item()
 
 
 def write_model(family: SD3Family, settings: TeacherSettings, step: int, data: EmojiDataset) -> None:

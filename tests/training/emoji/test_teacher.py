@@ -19,10 +19,10 @@ from training.errors import TrainingError
 
 
 @pytest.fixture(scope="module")
-def vae(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vae(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("autoencoder")
     settings = autoencoder.AutoencoderSettings(
-        data=small_dataset, out=out, steps=12, batch=4, encoder_channels=8, decoder_channels=8
+        data=tiny_data, out=out, steps=12, batch=4, encoder_channels=8, decoder_channels=8
     )
     assert autoencoder.train(settings) == 0
     return out / "vae"
@@ -36,9 +36,9 @@ def _settings(data: Path, vae: Path, out: Path, **changes: object) -> teacher.Te
     return teacher.TeacherSettings(**(values | changes))
 
 
-def test_autoencoder_scales_latents_to_zero_mean_and_unit_deviation(small_dataset: Path, vae: Path) -> None:
+def test_autoencoder_scales_latents_to_zero_mean_and_unit_deviation(tiny_data: Path, vae: Path) -> None:
     model = autoencoder.AutoencoderTiny.from_pretrained(vae)
-    data = EmojiDataset.load(small_dataset)
+    data = EmojiDataset.load(tiny_data)
     latents = autoencoder.encode_images(model, data.images, np.asarray(data.indices("train")))
     scaled = (latents - model.config.shift_factor) * model.config.scaling_factor
     assert abs(float(scaled.mean())) < 0.05
@@ -51,8 +51,8 @@ def test_reconstruction_loss_is_zero_only_for_the_same_picture() -> None:
     assert float(autoencoder.reconstruction_loss(picture + 0.1, picture)) > 0.1
 
 
-def test_teacher_folder_loads_in_diffusers_and_in_our_family(small_dataset: Path, vae: Path, tmp_path: Path) -> None:
-    assert teacher.train(_settings(small_dataset, vae, tmp_path)) == 0
+def test_teacher_folder_loads_in_diffusers_and_in_our_family(tiny_data: Path, vae: Path, tmp_path: Path) -> None:
+    assert teacher.train(_settings(tiny_data, vae, tmp_path)) == 0
     model = tmp_path / "model"
     pipeline = StableDiffusion3Pipeline.from_pretrained(model, text_encoder_3=None, tokenizer_3=None)
     family = load_family(model)
@@ -65,12 +65,12 @@ def test_teacher_folder_loads_in_diffusers_and_in_our_family(small_dataset: Path
 
 
 def test_stopped_and_resumed_teacher_equals_an_uninterrupted_one(
-    small_dataset: Path, vae: Path, tmp_path: Path
+    tiny_data: Path, vae: Path, tmp_path: Path
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    teacher.train(_settings(small_dataset, vae, whole, cooldown=0, sample_every=0))
-    teacher.train(_settings(small_dataset, vae, parts, cooldown=0, sample_every=0, steps=3))
-    teacher.train(_settings(small_dataset, vae, parts, cooldown=0, sample_every=0))
+    teacher.train(_settings(tiny_data, vae, whole, cooldown=0, sample_every=0))
+    teacher.train(_settings(tiny_data, vae, parts, cooldown=0, sample_every=0, steps=3))
+    teacher.train(_settings(tiny_data, vae, parts, cooldown=0, sample_every=0))
     last = [checkpoint.latest(folder / "checkpoints") for folder in (whole, parts)]
     assert last[0] is not None and last[1] is not None
     for group in ("master", "ema", "muon", "adamw"):
@@ -79,15 +79,15 @@ def test_stopped_and_resumed_teacher_equals_an_uninterrupted_one(
         assert all(torch.equal(one[name], two[name]) for name in one), group
 
 
-def test_another_configuration_in_the_same_folder_is_refused(small_dataset: Path, vae: Path, tmp_path: Path) -> None:
-    teacher.train(_settings(small_dataset, vae, tmp_path, steps=1, sample_every=0))
+def test_another_configuration_in_the_same_folder_is_refused(tiny_data: Path, vae: Path, tmp_path: Path) -> None:
+    teacher.train(_settings(tiny_data, vae, tmp_path, steps=1, sample_every=0))
     with pytest.raises(TrainingError, match=r"batch=2 \(there: 4\)"):
-        teacher.train(_settings(small_dataset, vae, tmp_path, steps=1, sample_every=0, batch=2))
+        teacher.train(_settings(tiny_data, vae, tmp_path, steps=1, sample_every=0, batch=2))
 
 
-def test_missing_autoencoder_is_named(small_dataset: Path, tmp_path: Path) -> None:
+def test_missing_autoencoder_is_named(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="nowhere"):
-        teacher.train(_settings(small_dataset, tmp_path / "nowhere", tmp_path / "out"))
+        teacher.train(_settings(tiny_data, tmp_path / "nowhere", tmp_path / "out"))
 
 
 def test_tokenizer_gives_caption_words_one_token_each_and_refuses_no_text() -> None:
