@@ -20,7 +20,9 @@ class CDMConfig(BaseModel):
     n_max: int = Field(28, ge=1, description="longest schedule: N ~ U{1…n_max} steps, drawn every iteration")
     anchor_low: float = Field(0.25, ge=0, le=1, description="lowest inner anchor σ, before the shift")
     anchor_high: float = Field(0.95, ge=0, le=1, description="highest inner anchor σ, before the shift")
-    anchor_shift: float = Field(1.0, gt=0, description="scheduler shift applied to anchors; 1 leaves them alone")
+    anchor_shift: float = Field(
+        1.0, gt=0, description="scheduler shift applied to anchors; 1 leaves them alone"
+    )
 
     # re-noising and guidance
     tau_low: float = Field(0.02, gt=0, lt=1, description="lowest re-noising time")
@@ -40,7 +42,9 @@ class CDMConfig(BaseModel):
     batch: int = Field(128, ge=1, description="prompts per step")
     lr_student: float = Field(1e-5, gt=0, description="learning rate of the student")
     lr_fake: float = Field(5e-6, gt=0, description="learning rate of the fake teacher")
-    warmup: int = Field(100, ge=0, description="steps of linear warm-up, each network counting its own; then constant")
+    warmup: int = Field(
+        100, ge=0, description="steps of linear warm-up, each network counting its own; then constant"
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW β1")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW β2")
     adam_eps: float = Field(1e-8, gt=0, description="AdamW ε")
@@ -64,7 +68,11 @@ class CDMConfig(BaseModel):
     def _ordered(self) -> Self:
         for low, high in (("anchor_low", "anchor_high"), ("tau_low", "tau_high")):
             if getattr(self, low) > getattr(self, high):
-                raise ValueError(f"{low}={getattr(self, low)} is above {high}={getattr(self, high)}; swap them")
+                raise ValueError(
+                    f"{low}={getattr(self, low)} is above {high}={getattr(self, high)}; swap them"
+                )
         if self.weight_ca == self.weight_dm == self.weight_cdm == 0:
-            raise ValueError("weight_ca, weight_dm and weight_cdm are all 0: nothing would be learnt; set one of them")
+            raise ValueError(
+                "weight_ca, weight_dm and weight_cdm are all 0: nothing would be learnt; set one of them"
+            )
         return self

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from engines.families.base import Conditioning, Family
 from training import losses
-from training.attention import fast_attention
 from training.config import CDMConfig
+from training.cpu_kernels import cpu_kernels
 from training.prompts import EmbeddingTable, Prompts
 from training.roles import Roles
 from training.rollout import Rollout, draw_anchor, draw_schedule, rollout
@@ -169,13 +169,16 @@ class Distillation:
         x = torch.cat([query.x_BCHW for query in queries])
         tau = torch.cat([query.tau_B for query in queries])
         cond = {
-            name: torch.cat([query.conditioning[name] for query in queries]) for name in queries[0].conditioning
+            name: torch.cat([query.conditioning[name] for query in queries])
+            for name in queries[0].conditioning
         }
         parts = []
         for start in range(0, len(x), self.pass_batch):
             part = slice(start, start + self.pass_batch)
-            parts.append(self.x0(net, x[part], tau[part], {name: value[part] for name, value in cond.items()}))
-        return list(torch.cat(parts).split([len(query.x_BCHW) for query in queries]))
+            parts.append(
+                self.x0(net, x[part], tau[part], {name: value[part] for name, value in cond.items()})
+            )
+        return list(torch.split(torch.cat(parts), [len(query.x_BCHW) for query in queries]))
 
     def _draw(self, step: int, stream: int) -> Draw:
         return Draw(generator(self.config.seed, step, stream), self.device)
@@ -190,7 +193,7 @@ def distill(work: Distillation, run: Run, after: Callable[[int], None] = lambda 
         Diverged: a loss or gradient is not finite; the step is in no checkpoint.
     """
     start = run.resume(work.roles)
-    with fast_attention(work.device):
+    with cpu_kernels():
         for step in run.steps(start, work.roles):
             run.log(step, every=1, **work.iterate(step))
             after(step + 1)

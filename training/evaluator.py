@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -210,7 +211,10 @@ class Evaluator:
             name: tensor.half() if tensor.is_floating_point() else tensor
             for name, tensor in self.model.state_dict().items()
         }
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+        # Not `save_file`: it writes files that nobody else may read, and this one is shipped.
+        (folder / WEIGHTS).write_bytes(
+            to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
+        )
         document = {"format_version": FORMAT_VERSION, "model": asdict(self.config), **self.info}
         (folder / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         (folder / TOKENIZER).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")

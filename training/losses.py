@@ -78,7 +78,9 @@ def distribution_matching_loss(
     }
 
 
-def off_trajectory(x_anchor_BCHW: Tensor, v_anchor_BCHW: Tensor, sigma_B: Tensor, sigma_off_B: Tensor) -> Tensor:
+def off_trajectory(
+    x_anchor_BCHW: Tensor, v_anchor_BCHW: Tensor, sigma_B: Tensor, sigma_off_B: Tensor
+) -> Tensor:
     """Where the CDM term asks the student: x_{σ'} = x_k + (σ'−σ_k)·sg[v_k], a straight line off the rollout at k."""
     return euler_step(x_anchor_BCHW.detach(), v_anchor_BCHW.detach(), sigma_B, sigma_off_B)
 
@@ -94,7 +96,9 @@ def cdm_loss(
         floor: least mean distance in the weight.
     """
     # Δ = x̂0_teacher(cond) − x̂0_fake(cond); loss = mean (x̂0 − sg[x̂0 + w·Δ])²
-    return distribution_matching_loss(x0_local_BCHW, x0_teacher_BCHW, dm_delta(x0_teacher_BCHW, x0_fake_BCHW), floor)
+    return distribution_matching_loss(
+        x0_local_BCHW, x0_teacher_BCHW, dm_delta(x0_teacher_BCHW, x0_fake_BCHW), floor
+    )
 
 
 def mean_cosine(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Prompts, and their embeddings computed once.
 
-    prompts = read_prompts(Path("prompts.txt"))             # one a line; or jsonl with "prompt"/"caption" and "weight"
-    table = embed_prompts(family, prompts.texts, torch.bfloat16)
-    rows = prompts.draw(rng, 32)
-    conditioning = table.rows(rows)
+prompts = read_prompts(Path("prompts.txt"))             # one a line; or jsonl with "prompt"/"caption" and "weight"
+table = embed_prompts(family, prompts.texts, torch.bfloat16)
+rows = prompts.draw(rng, 32)
+conditioning = table.rows(rows)
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Prompts:
         weights: dict[str, float] = {}
         for text, weight in pairs:
             if not np.isfinite(weight) or weight < 0:
-                raise TrainingError(f"{source}: weight {weight} of {text!r}; a weight is a finite number of at least 0")
+                raise TrainingError(
+                    f"{source}: weight {weight} of {text!r}; a weight is a finite number of at least 0"
+                )
             weights[text] = weights.get(text, 0.0) + weight
         if not weights:
             raise TrainingError(f"{source}: holds no prompts; put at least one in it")
@@ -130,7 +132,9 @@ def embed_prompts(
             f"embeddings of {len(texts)} prompts take {each * len(texts) / 1e9:.1f} GB, the limit is {limit_gb:g} GB; "
             f"raise --max-embedding-gb, or give at most {int(limit_gb * 1e9 / each)} prompts"
         )
-    tensors = {name: torch.empty((len(texts), *value.shape[1:]), dtype=dtype) for name, value in empty.items()}
+    tensors = {
+        name: torch.empty((len(texts), *value.shape[1:]), dtype=dtype) for name, value in empty.items()
+    }
     for start in track(range(0, len(texts), batch), description="embedding prompts"):
         for name, value in _encode(family, texts[start : start + batch], dtype).items():
             tensors[name][start : start + batch] = value

@@ -1,6 +1,6 @@
 """Recipes: functions that return a config. `cdm-train NAME` runs one; every field of it is a flag.
 
-    config = emoji_cdm().model_copy(update={"weight_cdm": 0.0})      # a variant is a call and a change
+config = emoji_cdm().model_copy(update={"weight_cdm": 0.0})      # a variant is a call and a change
 """
 
 from __future__ import annotations
@@ -35,15 +35,21 @@ def emoji_cdm() -> CDMConfig:
     return CDMConfig(n_max=8, steps=4000, batch=32, lr_student=5e-5, lr_fake=1e-4)
 
 
-class DistilSettings(CommandSettings, CDMConfig):
+class DistilSettings(CommandSettings, CDMConfig):  # type: ignore[misc]  # two kinds of model_config, merged by pydantic
     """Distil a teacher into a few-step student; the same command resumes."""
 
     teacher: Path = Field(description="the teacher: a local diffusers folder")
-    prompts: Path = Field(description="prompt list (.txt, one a line, or .jsonl with `prompt` and maybe `weight`)")
+    prompts: Path = Field(
+        description="prompt list (.txt, one a line, or .jsonl with `prompt` and maybe `weight`)"
+    )
     out: Path = Field(description="run folder; the student is written to OUT/student")
     save_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints")
-    sample_every: int = Field(250, ge=0, description="steps between sample grids in OUT/samples; 0 draws none")
-    export_every: int = Field(0, ge=0, description="steps between exports of the averaged student; 0: at the end only")
+    sample_every: int = Field(
+        250, ge=0, description="steps between sample grids in OUT/samples; 0 draws none"
+    )
+    export_every: int = Field(
+        0, ge=0, description="steps between exports of the averaged student; 0: at the end only"
+    )
     pass_batch: int = Field(128, ge=1, description="most samples in one no-gradient pass of a network")
     max_embedding_gb: float = Field(8.0, gt=0, description="most memory for prompt embeddings")
     threads: int = Field(1, ge=1, description="CPU threads")

@@ -46,7 +46,8 @@ class Roles:
         dtype = getattr(torch, config.dtype)
         self.student = self._trained(transformer, dtype, config.lr_student)
         self.fake = self._trained(transformer, dtype, config.lr_fake)
-        self.teacher = transformer.to(dtype).eval().requires_grad_(False)
+        # torch's own `to`: that of diffusers warns of modules to keep in float32, and lists none.
+        self.teacher = nn.Module.to(transformer, dtype).eval().requires_grad_(False)
         self.ema = EMA(self.student.mixed.masters, config.ema_decay)
 
     def _trained(self, transformer: nn.Module, dtype: torch.dtype, lr: float) -> Trained:

@@ -39,7 +39,9 @@ def teacher_sha256(folder: Path) -> str:
     """
     files = sorted((folder / "transformer").glob("*.safetensors"))
     if not files:
-        raise TrainingError(f"{folder} has no transformer/*.safetensors; --teacher takes a local diffusers folder")
+        raise TrainingError(
+            f"{folder} has no transformer/*.safetensors; --teacher takes a local diffusers folder"
+        )
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as handle:
@@ -57,7 +59,9 @@ def teacher_licences(folder: Path) -> tuple[str, ...]:
     if not path.is_file():
         return ()
     try:
-        return tuple(str(licence) for licence in json.loads(path.read_text(encoding="utf-8")).get("licences", ()))
+        return tuple(
+            str(licence) for licence in json.loads(path.read_text(encoding="utf-8")).get("licences", ())
+        )
     except (ValueError, TypeError, AttributeError) as error:
         raise TrainingError(f"{path} is not a JSON object with a list of licences: {error}") from error
 

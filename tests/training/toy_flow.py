@@ -1,4 +1,4 @@
-"""A flow whose score is known: per prompt a mixture of two Gaussians in the plane, as latents `(B, 2, 1, 1)`.
+"""A flow whose score is known: one Gaussian per prompt in the plane (no prompt: both), as latents `(B, 2, 1, 1)`.
 
 `ToyNet` is the exact velocity plus a small MLP whose last layer starts at zero: the teacher is analytic, and student
 and fake teacher start as it, as in any distillation.
@@ -14,20 +14,24 @@ from torch import Tensor, nn
 
 from engines.families.base import Conditioning, Family
 
-PROMPTS = ("left", "right")
-SPREAD = 0.15
-MEANS = {"left": ((-1.5, 1.0), (-1.5, -1.0)), "right": ((1.5, 1.0), (1.5, -1.0))}
+MEANS = {"left": (-1.0, 0.5), "right": (1.0, -0.5)}
+PROMPTS = tuple(MEANS)
+SPREAD = 0.6
 
 
 class ToyNet(nn.Module):
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(2 + 1 + 4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)
+            nn.Linear(2 + 1 + len(MEANS), width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 2),
         )
         nn.init.zeros_(self.mlp[-1].weight)
         nn.init.zeros_(self.mlp[-1].bias)
-        self.register_buffer("means_K2", torch.tensor([mean for pair in MEANS.values() for mean in pair]))
+        self.register_buffer("means_K2", torch.tensor(list(MEANS.values())))
 
     def forward(self, x_B2: Tensor, sigma_B: Tensor, weight_BK: Tensor) -> Tensor:
         """v = (x − E[x0 | x_σ]) / σ for the mixture with weights `weight_BK`, plus what was learnt."""
@@ -58,7 +62,7 @@ class ToyFamily(Family):
         raise NotImplementedError
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        rows = [[1.0 if not prompt or prompt == side else 0.0 for side in MEANS for _ in range(2)] for prompt in prompts]
+        rows = [[float(prompt in ("", side)) for side in MEANS] for prompt in prompts]
         weight = torch.tensor(rows)
         return {"weight": weight / weight.sum(1, keepdim=True)}
 
@@ -68,7 +72,9 @@ class ToyFamily(Family):
     def embed(self, ids: dict[str, Tensor]) -> Conditioning:
         raise NotImplementedError
 
-    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         return transformer(x.flatten(1), sigma, conditioning["weight"])[:, :, None, None]
 
     def sigmas(self, steps: int) -> tuple[float, ...]:
@@ -90,8 +96,7 @@ class ToyFamily(Family):
 def true_samples(prompt: str, count: int, seed: int) -> Tensor:
     """Draws of the target distribution, `(count, 2)`."""
     generator = torch.Generator().manual_seed(seed)
-    means = torch.tensor(MEANS[prompt])[torch.randint(0, 2, (count,), generator=generator)]
-    return means + SPREAD * torch.randn(count, 2, generator=generator)
+    return torch.tensor(MEANS[prompt]) + SPREAD * torch.randn(count, 2, generator=generator)
 
 
 def sliced_wasserstein(a_N2: Tensor, b_N2: Tensor, directions: int = 64) -> float:

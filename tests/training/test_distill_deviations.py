@@ -1,0 +1,141 @@
+"""`docs/deviations.md`, row by row: where this trainer departs from the paper or the authors' code, and that it may."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training.tiny_distillation import tiny_distillation
+from training import losses
+from training.config import CDMConfig
+from training.cpu_kernels import cpu_kernels
+from training.distill import ROLLOUT, STUDENT, Distillation, Query
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def student_gradient(work: Distillation) -> torch.Tensor:
+    cond = work.table.rows(np.array([0, 1, 2, 0]))
+    # A fake teacher equal to the teacher would make DM and CDM vanish.
+    torch.manual_seed(0)
+    for value in work.roles.fake.mixed.parameters:
+        value.data.add_(0.02 * torch.randn_like(value))
+    work.student_loss(work.rollout(cond, work._draw(0, ROLLOUT)), cond, work._draw(0, STUDENT))[0].backward()
+    return torch.cat([p.grad.flatten() for p in work.roles.student.net.parameters() if p.grad is not None])
+
+
+def count_student_passes(work: Distillation) -> list[int]:
+    passes: list[int] = []
+    work.roles.student.net.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    return passes
+
+
+def test_a_shared_forward_gives_the_gradient_of_separate_ones(tiny_model):
+    shared, separate = (tiny_distillation(tiny_model, shared_forward=on) for on in (True, False))
+    counts = [count_student_passes(work) for work in (shared, separate)]
+    a, b = student_gradient(shared), student_gradient(separate)
+    assert a.any()
+    assert (a - b).abs().max() < 1e-6 * max(1.0, a.abs().max().item())
+    assert len(counts[1]) - len(counts[0]) == 1  # one of three forwards with gradient is saved
+
+
+def test_a_truncated_rollout_gives_the_anchors_of_the_full_one(tiny_model):
+    short, full = (tiny_distillation(tiny_model, truncated_rollout=on, n_max=12) for on in (True, False))
+    cond = short.table.rows(np.array([0, 1, 2, 0]))
+    a, b = (work.rollout(cond, work._draw(1, ROLLOUT)) for work in (short, full))
+    torch.testing.assert_close(a.x0_BCHW, b.x0_BCHW, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a.x_BCHW, b.x_BCHW, rtol=1e-5, atol=1e-5)
+    assert torch.equal(a.sigma_B, b.sigma_B)
+    assert a.passes < b.passes
+
+
+def test_batched_teacher_passes_equal_separate_ones(tiny_model):
+    work, chunked = tiny_distillation(tiny_model), tiny_distillation(tiny_model, pass_batch=3)
+    cond, draw = work.table.rows(np.array([0, 1, 2, 0])), work._draw(0, STUDENT)
+    queries = [
+        Query(draw.normal(torch.empty(4, 8, 8, 8)), draw.uniform_B(4, 0.02, 0.98), each)
+        for each in (cond, work.table.unconditional(4), cond)
+    ]
+    alone = [work.x0(work.roles.teacher, query.x_BCHW, query.tau_B, query.conditioning) for query in queries]
+    for run in (work, chunked):
+        for batched, wanted in zip(run.x0_of_all(run.roles.teacher, queries), alone, strict=True):
+            torch.testing.assert_close(batched, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_time_reaches_the_network_in_float32(tiny_model, dtype):
+    work = tiny_distillation(tiny_model, dtype=dtype)
+    seen: list[torch.Tensor] = []
+    work.roles.student.net.time_text_embed.time_proj.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    sigma = torch.tensor([0.9045, 0.9055])
+    work.x0(work.roles.student.net, torch.zeros(2, 8, 8, 8), sigma, work.table.rows(np.array([0, 0])))
+    assert seen[0].dtype == torch.float32
+    torch.testing.assert_close(seen[0], sigma * 1000)
+    assert sigma.mul(1000).bfloat16().unique().numel() == 1  # which is what bfloat16 would have made of them
+
+
+def test_anchors_are_unshifted_unless_asked(tiny_model):
+    def lowest(**changes) -> float:
+        work = tiny_distillation(tiny_model, n_max=28, **changes)
+        cond = work.table.rows(np.array([0, 1, 2, 0]))
+        return min(work.rollout(cond, work._draw(step, ROLLOUT)).sigma_B.min().item() for step in range(12))
+
+    assert CDMConfig().anchor_shift == 1.0
+    assert lowest() < 0.4  # trained where the authors' SD3 anchors, 3·σ/(1+2·σ) ≥ 0.5, never come
+    assert lowest(anchor_shift=3.0) >= 0.5
+
+
+def test_embeddings_are_computed_once(tiny_model, monkeypatch):
+    work = tiny_distillation(tiny_model)
+    monkeypatch.setattr(work.family, "encode", lambda prompts: pytest.fail("encoded again"))
+    work.iterate(1)
+    again = tiny_distillation(tiny_model)
+    fresh = again.family.encode(["green apple"])
+    for name, value in work.table.rows(np.array([1])).items():
+        torch.testing.assert_close(value, fresh[name])
+
+
+def test_the_weight_is_the_authors_and_not_the_papers():
+    student, teacher, delta = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5), torch.ones(1, 1, 2, 2)
+    loss, info = losses.distribution_matching_loss(student, teacher, delta)
+    assert info["weight"] == 1 / 0.5  # the mean; the paper's ‖·‖₁ would be a sum: 1/2
+    assert loss == 4.0  # w²·Δ², without the paper's ½
+    assert losses.distribution_matching_loss(student, student, delta)[1]["weight"] == 10.0  # the floor
+
+
+def test_low_precision_networks_learn_steps_below_their_resolution(tiny_model):
+    work = tiny_distillation(tiny_model, dtype="bfloat16", lr_student=1e-6, lr_fake=1e-6, warmup=0)
+    master = work.roles.fake.mixed.parameters[0]
+    before = master.detach().clone()
+    work.iterate(0)
+    moved = (master.detach() - before).abs()
+    assert moved.any()
+    assert (
+        moved[before.abs() > 0.01] < 2**-9 * before.abs()[before.abs() > 0.01]
+    ).all()  # bfloat16 would not notice
+
+
+def test_cpu_kernels_give_the_gradient_of_torchs(tiny_model):
+    with cpu_kernels():
+        ours = student_gradient(tiny_distillation(tiny_model))
+    torchs = student_gradient(tiny_distillation(tiny_model))
+    torch.testing.assert_close(ours, torchs, rtol=1e-3, atol=1e-5)
+
+
+def test_every_row_of_the_table_names_a_test_that_exists():
+    rows = re.findall(
+        r"^\|.*`(test_\w+\.py)::(test_\w+)`.*\|$", (ROOT / "docs" / "deviations.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 8
+    for file, name in rows:
+        assert f"def {name}(" in (ROOT / "tests" / "training" / file).read_text(), f"{file}::{name}"
+    table = (ROOT / "docs" / "deviations.md").read_text()
+    assert len(rows) == sum(line.startswith("| ") for line in table.splitlines()) - 1  # all but the header
