@@ -135,6 +135,8 @@ def _load(name: str, bundle: Bundle, options: EngineOptions) -> Engine:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise RuntimeUnavailable(f"runtime {name!r} needs the package {error.name!r}, which is not installed") from error
+        raise RuntimeUnavailable(
+            f"runtime {name!r} needs the package {error.name!r}, which is not installed"
+        ) from error
     engine: Engine = getattr(module, class_name)(bundle, options)
     return engine

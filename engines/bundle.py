@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
@@ -142,13 +143,17 @@ class Manifest(_Strict):
         for steps, sigmas in self.schedules.items():
             check_schedule(steps, sigmas)
         if self.default_steps not in self.schedules:
-            raise ValueError(f"default_steps={self.default_steps} has no schedule; there are {sorted(self.schedules)}")
+            raise ValueError(
+                f"default_steps={self.default_steps} has no schedule; there are {sorted(self.schedules)}"
+            )
         if self.default_size not in self.sizes:
             raise ValueError("default_size is not among sizes")
         conditioning = self.components["text_encoder"].outputs
         wanted = {"x", "sigma", "sigma_next", *conditioning}
         if set(self.components["denoiser"].inputs) != wanted:
-            raise ValueError(f"denoiser takes {sorted(self.components['denoiser'].inputs)}, not {sorted(wanted)}")
+            raise ValueError(
+                f"denoiser takes {sorted(self.components['denoiser'].inputs)}, not {sorted(wanted)}"
+            )
         return self
 
     def sigmas(self, steps: int) -> tuple[float, ...]:
@@ -169,7 +174,7 @@ def check_schedule(steps: int, sigmas: tuple[float, ...]) -> None:
         and all(math.isfinite(s) for s in sigmas)
         and sigmas[0] == 1.0
         and sigmas[-1] == 0.0
-        and all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+        and all(a > b for a, b in pairwise(sigmas))
     )
     if not ok:
         raise ValueError(
@@ -198,7 +203,9 @@ def sha256_file(path: Path) -> str:
 
 def file_ref(root: Path, path: Path) -> FileRef:
     """Describe an existing file of the bundle at `root`."""
-    return FileRef(file=path.relative_to(root).as_posix(), sha256=sha256_file(path), bytes=path.stat().st_size)
+    return FileRef(
+        file=path.relative_to(root).as_posix(), sha256=sha256_file(path), bytes=path.stat().st_size
+    )
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
@@ -226,7 +233,8 @@ def load_bundle(root: Path) -> Bundle:
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise BundleError(
-            f"{root} has bundle format {version!r}, this version serves {FORMAT_VERSION}; export it again with cdm-export"
+            f"{root} has bundle format {version!r}, this version serves {FORMAT_VERSION}; "
+            "export it again with cdm-export"
         )
     try:
         manifest = Manifest.model_validate(document)
@@ -250,7 +258,9 @@ def file_refs(manifest: Manifest) -> list[FileRef]:
 def _verify(root: Path, ref: FileRef) -> None:
     path = root / ref.file
     if not path.is_file():
-        raise BundleError(f"{root} lacks {ref.file}, which {MANIFEST} names; export or download the bundle again")
+        raise BundleError(
+            f"{root} lacks {ref.file}, which {MANIFEST} names; export or download the bundle again"
+        )
     size = path.stat().st_size
     if size != ref.bytes or sha256_file(path) != ref.sha256:
         raise BundleError(

@@ -1,10 +1,10 @@
 """What can go wrong between a folder of weights and a running engine.
 
-    EngineError
-    ├── BundleError        the folder is not a bundle this version can serve (hash, version, schedule, file)
-    ├── RuntimeUnavailable the runtime is unknown, or its packages or device are missing here
-    ├── ExportError        a model cannot be exported, or its export does not match torch
-    └── ExecutionError     one call failed while running; the engine itself may still be usable
+EngineError
+├── BundleError        the folder is not a bundle this version can serve (hash, version, schedule, file)
+├── RuntimeUnavailable the runtime is unknown, or its packages or device are missing here
+├── ExportError        a model cannot be exported, or its export does not match torch
+└── ExecutionError     one call failed while running; the engine itself may still be usable
 """
 
 from __future__ import annotations

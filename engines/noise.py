@@ -1,4 +1,4 @@
-"""Starting noise: one counter-based generator per picture, so that a seed draws the same noise alone or in any batch."""
+"""Starting noise: one counter-based generator per picture, so a seed draws the same noise alone or in any batch."""
 
 from __future__ import annotations
 

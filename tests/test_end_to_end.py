@@ -32,11 +32,12 @@ TOLERANCE = 1
 def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("product")
     teacher = build_tiny_sd3(root / "teacher")
-    (root / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    distil = ["emoji-cdm", "--teacher", str(teacher), "--prompts", str(root / "prompts.txt"), "--out", str(root / "run"),
-              "--steps", "4", "--batch", "2", "--n-max", "3", "--sample-every", "0"]  # fmt: skip
-    assert cdm_train(distil) == 0  # four fake-teacher steps, two student steps
-    assert cdm_export([str(root / "run" / "student"), "--out", str(root / "bundle"), "--name", "tiny"]) == 0
+    prompts, run = root / "prompts.txt", root / "run"
+    prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
+    distil = f"emoji-cdm --teacher {teacher} --prompts {prompts} --out {run}"
+    few = "--steps 4 --batch 2 --n-max 3 --sample-every 0"
+    assert cdm_train(f"{distil} {few}".split()) == 0  # four fake-teacher steps, two student steps
+    assert cdm_export([str(run / "student"), "--out", str(root / "bundle"), "--name", "tiny"]) == 0
     return root / "bundle"
 
 
@@ -71,12 +72,15 @@ def test_student_of_two_updates_is_exported_and_served(client: TestClient) -> No
 
 def test_same_seed_alone_and_in_a_batch_of_mixed_step_counts_is_the_same_picture(client: TestClient) -> None:
     bodies = [
-        {"prompt": PROMPTS[i % len(PROMPTS)], "seed": i, "steps": steps} for i, steps in enumerate((1, 2, 4, 8) * 3)
+        {"prompt": PROMPTS[i % len(PROMPTS)], "seed": i, "steps": steps}
+        for i, steps in enumerate((1, 2, 4, 8) * 3)
     ]
     alone = [_picture(client, **body) for body in bodies]
     with ThreadPoolExecutor(len(bodies)) as pool:
         together = list(pool.map(lambda body: _picture(client, **body), bodies))
-    assert _mean_batch(client.get("/metrics").text) > 1, "the requests never met in a batch: this test has shown nothing"
+    assert _mean_batch(client.get("/metrics").text) > 1, (
+        "the requests never met in a batch: this test has shown nothing"
+    )
     for one, other in zip(alone, together, strict=True):
         assert int(np.abs(one - other).max()) <= TOLERANCE
 

@@ -38,7 +38,11 @@ class Checkpoint:
 
 
 def save(
-    folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any], keep: int = 2
+    folder: Path,
+    step: int,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    meta: Mapping[str, Any],
+    keep: int = 2,
 ) -> Path:
     """Write checkpoint `step` under `folder` and delete all but the newest `keep`, and what killed runs left behind.
 
@@ -102,5 +106,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     groups = optimizer.state_dict()["param_groups"]
     count = sum(len(group["params"]) for group in groups)
     if state and max(state) >= count:
-        raise TrainingError(f"checkpoint has optimizer state for {max(state) + 1} parameters, this model has {count}")
+        raise TrainingError(
+            f"checkpoint has optimizer state for {max(state) + 1} parameters, this model has {count}"
+        )
     optimizer.load_state_dict({"state": state, "param_groups": groups})

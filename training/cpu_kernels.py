@@ -48,7 +48,7 @@ class _Attention(torch.autograd.Function):
         ds = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype)
         dq = torch.bmm(ds, k).mul_(scale)
         dk = torch.bmm(ds.transpose(1, 2), q).mul_(scale)
-        dq, dk, dv = (t.unflatten(0, (-1, ctx.heads)) for t in (dq, dk, dv))
+        dq, dk, dv = (t.view(-1, ctx.heads, *t.shape[1:]) for t in (dq, dk, dv))
         return dq, dk, dv
 
 
@@ -67,11 +67,14 @@ class _Gelu(torch.autograd.Function):
         # d/dx x·s(u) = s·(1 + (1 − s)·x·u'), u' = A + 3B·x²
         slope = (x * x).mul_(3 * B).add_(A).mul_(x)
         slope = slope.mul_(1 - gate).add_(1).mul_(gate)
-        return slope.mul_(grads[0])
+        result: Tensor = slope.mul_(grads[0])
+        return result
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    plain = not args and not any(kwargs.get(name) for name in ("dropout_p", "is_causal", "scale", "enable_gqa"))
+    plain = not args and not any(
+        kwargs.get(name) for name in ("dropout_p", "is_causal", "scale", "enable_gqa")
+    )
     if plain and kwargs.get("attn_mask") is None and query.device.type == "cpu" and query.ndim == 4:
         result: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
         return result

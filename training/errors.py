@@ -1,7 +1,7 @@
 """What a user can get wrong in training.
 
-    TrainingError        base: bad input, another run's folder, a missing file
-    └── Diverged         a loss or a weight stopped being finite; the last good checkpoint is kept
+TrainingError        base: bad input, another run's folder, a missing file
+└── Diverged         a loss or a weight stopped being finite; the last good checkpoint is kept
 """
 
 from __future__ import annotations

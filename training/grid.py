@@ -27,11 +27,21 @@ def tile(images: NDArray[np.uint8], columns: int) -> Image.Image:
 
 @torch.no_grad()
 def sample_grid(
-    family: Family, prompts: Sequence[str], path: Path, steps: int = 25, guidance: float = 4.0, columns: int = 8
+    family: Family,
+    prompts: Sequence[str],
+    path: Path,
+    steps: int = 25,
+    guidance: float = 4.0,
+    columns: int = 8,
 ) -> None:
     """Write a PNG of one picture per prompt, seeds 0, 1, 2 …"""
     latents = sample(
-        family, family.encode(prompts), family.sigmas(steps), list(range(len(prompts))), guidance, family.encode([""])
+        family,
+        family.encode(prompts),
+        family.sigmas(steps),
+        list(range(len(prompts))),
+        guidance,
+        family.encode([""]),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     tile(decode(family, latents), columns).save(path)

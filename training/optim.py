@@ -1,4 +1,4 @@
-"""Optimizer plumbing shared by every recipe: low-precision compute copies with float32 masters, schedules, Muon groups."""
+"""Optimizer plumbing of every recipe: low-precision copies with float32 masters, schedules, Muon groups."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MixedPrecision:
         }
         if not self._same:
             model.to(dtype)
-        self._copies = [p for p in model.parameters() if p.requires_grad]
+        self._copies: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         if self._same:
             self.masters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -83,7 +83,8 @@ def split_muon(
     named: Iterable[tuple[str, Tensor]], parts: tuple[str, ...]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(matrices whose name contains one of `parts`, everything else): Muon for the first, AdamW for the rest."""
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, tensor in named:
         (matrices if tensor.ndim == 2 and any(part in name for part in parts) else rest).append(tensor)
     return matrices, rest

@@ -1,9 +1,10 @@
 """Prompts, and their embeddings computed once.
 
-prompts = read_prompts(Path("prompts.txt"))             # one a line; or jsonl with "prompt"/"caption" and "weight"
-table = embed_prompts(family, prompts.texts, torch.bfloat16)
-rows = prompts.draw(rng, 32)
-conditioning = table.rows(rows)
+    prompts = read_prompts(Path("prompts.txt"))
+    table = embed_prompts(family, prompts.texts, torch.bfloat16)
+    conditioning = table.rows(prompts.draw(rng, 32))
+
+A list is a text file with one prompt a line, or JSON lines with `prompt` or `caption` and maybe `weight`.
 """
 
 from __future__ import annotations

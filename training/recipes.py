@@ -1,6 +1,8 @@
 """Recipes: functions that return a config. `cdm-train NAME` runs one; every field of it is a flag.
 
-config = emoji_cdm().model_copy(update={"weight_cdm": 0.0})      # a variant is a call and a change
+    config = emoji_cdm().model_copy(update={"weight_cdm": 0.0})
+
+A variant is a call and a change. Only here does distillation know of emoji: a prompt source and default folders.
 """
 
 from __future__ import annotations

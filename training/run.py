@@ -23,7 +23,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from training import checkpoint
@@ -66,7 +73,12 @@ class Run:
     """One run's folder: `config.json`, `log.jsonl`, `checkpoints/`."""
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], total: int, save_minutes: float = 5.0, free: tuple[str, ...] = ()
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        total: int,
+        save_minutes: float = 5.0,
+        free: tuple[str, ...] = (),
     ) -> None:
         """`free` names settings that a resumed run may change (how long to train, how often to save).
 
@@ -83,7 +95,9 @@ class Run:
         bound = {key: value for key, value in config.items() if key not in free}
         if path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
-            changed = [key for key, value in bound.items() if before.get(key) != json.loads(json.dumps(value))]
+            changed = [
+                key for key, value in bound.items() if before.get(key) != json.loads(json.dumps(value))
+            ]
             if changed:
                 raise TrainingError(
                     f"{folder} holds a run with other settings: "

@@ -69,7 +69,7 @@ def train(settings: DistilSettings, recipe: str, prompts: Prompts) -> int:
 
 
 def draw_grid(path: Path, work: Distillation) -> None:
-    """Fixed prompts and seeds × 1, 2 and 4 steps of the averaged student; `prompts.json` beside it names the columns."""
+    """Fixed prompts and seeds × 1, 2 and 4 steps of the averaged student; `prompts.json` names the columns."""
     config, family = work.config, work.family
     columns = work.prompts.draw(numpy_generator(config.seed, 0, GRID_STREAM), GRID_PROMPTS)
     cond, seeds = work.table.rows(columns), range(GRID_PROMPTS)

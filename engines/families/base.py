@@ -4,7 +4,7 @@ Conventions (rectified flow): x_σ = (1−σ)·x0 + σ·ε, v = ε − x0, x̂0 
 H and W latent pixels, L text tokens. Latents are *scaled* ones (after scaling and shift factors).
 
     family = load_family(Path("runs/teacher"))             # a diffusers folder; the class is read from model_index.json
-    cond = family.encode(["red apple", ""])                # {"encoder_hidden_states": (2, L, D), "pooled_projections": (2, P)}
+    cond = family.encode(["red apple", ""])     # {"encoder_hidden_states": (2, L, D), "pooled_projections": (2, P)}
     v_BCHW = family.velocity(family.transformer, x_BCHW, sigma_B, cond)
     family.sigmas(4)                                       # (1.0, …, 0.0), after the scheduler's shift
 """
@@ -72,8 +72,10 @@ class Family(ABC):
         """Embeddings of ids: what `encode` does after `tokenize`, differentiable and exportable."""
 
     @abstractmethod
-    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """v `(B, C, H, W)` at x `(B, C, H, W)`, sigma `(B,)` float32 in [0, 1] (post-shift). The time path is float32."""
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """v at x, both `(B, C, H, W)`, sigma `(B,)` float32 in [0, 1], post-shift; the time path is float32."""
 
     @abstractmethod
     def sigmas(self, steps: int) -> tuple[float, ...]:
@@ -112,7 +114,9 @@ def load_family(folder: Path, dtype: torch.dtype = torch.float32) -> Family:
     try:
         class_name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FamilyError(f"{folder} is not a diffusers folder: model_index.json is missing or unreadable") from error
+        raise FamilyError(
+            f"{folder} is not a diffusers folder: model_index.json is missing or unreadable"
+        ) from error
     if class_name not in FAMILIES:
         raise FamilyError(f"{index} names {class_name!r}; families known here: {', '.join(FAMILIES)}")
     module_name, family_name = FAMILIES[class_name].split(":")

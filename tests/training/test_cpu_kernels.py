@@ -23,7 +23,9 @@ def test_attention_equals_torch_in_float64(keys: int) -> None:
     shapes = [(2, 3, 7, 8), (2, 3, keys, 8), (2, 3, keys, 8)]
     inputs = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
     for ours, theirs in zip(
-        _gradients(kernels._Attention.apply, inputs), _gradients(F.scaled_dot_product_attention, inputs), strict=True
+        _gradients(kernels._Attention.apply, inputs),
+        _gradients(F.scaled_dot_product_attention, inputs),
+        strict=True,
     ):
         assert torch.allclose(ours, theirs, atol=1e-12)
 

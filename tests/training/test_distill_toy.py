@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,7 +15,8 @@ from training.sampling import sample
 
 # Without guidance the target is the true conditional distribution; the toy's networks learn from large rates.
 CONFIG = CDMConfig(
-    n_max=8, guidance=0.0, steps=600, batch=128, lr_student=2e-3, lr_fake=4e-3, warmup=20, ema_decay=0.98, dtype="float32",
+    n_max=8, guidance=0.0, steps=600, batch=128, lr_student=2e-3, lr_fake=4e-3, warmup=20, ema_decay=0.98,
+    dtype="float32",
 )  # fmt: skip
 
 

@@ -21,7 +21,9 @@ from training.emoji.evaluator import (
     draw_rows,
     train,
 )
+from training.emoji.splits import SPLITS
 from training.errors import TrainingError
+from training.evaluate import ASSETS
 from training.evaluator import Evaluator, EvaluatorConfig, TextTower, token_ids
 from training.run import generator
 
@@ -205,3 +207,12 @@ def test_another_format_version_is_refused(tiny_evaluator, tmp_path):
     (tmp_path / "evaluator.json").write_text(json.dumps({**document, "format_version": 99}))
     with pytest.raises(TrainingError, match="format 99, this version reads 1"):
         Evaluator.load(tmp_path)
+
+
+def test_the_evaluator_that_ships_tells_styles_and_words_apart():
+    evaluator = Evaluator.load(ASSETS)
+    captions = ["noto red apple", "red apple noto", "noto green apple", "twemoji rocket"]
+    similar = evaluator.texts(captions) @ evaluator.texts(captions).T
+    # Order of words matters least, one word more, everything most.
+    assert similar[0, 1] > similar[0, 2] > similar[0, 3]
+    assert set(evaluator.info["top1"]) == set(SPLITS)

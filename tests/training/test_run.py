@@ -99,9 +99,13 @@ def test_free_settings_may_change(tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_path, bad):
     run, state = Run(tmp_path, {}, 5, save_minutes=0), Counter()
-    with pytest.raises(Diverged, match="loss=.* at step 2"):
+
+    def train() -> None:
         for step in run.steps(run.resume(state), state):
             run.log(step, loss=bad if step == 2 else 1.0)
+
+    with pytest.raises(Diverged, match=r"loss=.* at step 2"):
+        train()
     assert checkpoint.latest(tmp_path / "checkpoints").step == 2
 
 

@@ -16,10 +16,19 @@ from training.roles import Roles
 TEXTS = ("red apple", "green apple", "face with tears")
 
 
+SMALL = {
+    "n_max": 4,
+    "steps": 6,
+    "batch": 4,
+    "lr_student": 1e-3,
+    "lr_fake": 1e-3,
+    "warmup": 2,
+    "dtype": "float32",
+}
+
+
 def tiny_config(**changes: Any) -> CDMConfig:
-    return CDMConfig(
-        **{"n_max": 4, "steps": 6, "batch": 4, "lr_student": 1e-3, "lr_fake": 1e-3, "warmup": 2, "dtype": "float32", **changes}
-    )  # fmt: skip
+    return CDMConfig(**{**SMALL, **changes})
 
 
 def tiny_distillation(folder: Path, pass_batch: int = 128, **changes: Any) -> Distillation:

@@ -79,7 +79,7 @@ def reconstruction_loss(output_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
 def crops(
     images: NDArray[np.uint8], rows: NDArray[np.int64], side: int, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """One random `side`×`side` crop of each of `rows`; blank ones are drawn again (most of an icon's border is white)."""
+    """One random `side`×`side` crop of each of `rows`; blank ones are drawn again (an icon's border is white)."""
     out = np.empty((len(rows), side, side, 3), np.uint8)
     span = images.shape[1] - side + 1
     for position, row in enumerate(rows):
@@ -127,7 +127,13 @@ def train(settings: AutoencoderSettings) -> int:
     optimizer = torch.optim.AdamW(mixed.parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.01)
     ema = EMA(mixed.masters, 0.998)
     state = _State(optimizer, mixed, ema)
-    run = Run(settings.out, settings.model_dump(mode="json"), settings.steps, save_minutes=2, free=("threads", "out", "steps"))
+    run = Run(
+        settings.out,
+        settings.model_dump(mode="json"),
+        settings.steps,
+        save_minutes=2,
+        free=("threads", "out", "steps"),
+    )
     for step in run.steps(run.resume(state), state):
         rng = numpy_generator(settings.seed, step)
         rows = rows_train[rng.integers(len(rows_train), size=settings.batch)]
@@ -145,7 +151,10 @@ def train(settings: AutoencoderSettings) -> int:
         ema.update(mixed.masters)
         error = (output - target).detach()
         run.log(
-            step, loss=loss.item(), l1=error.abs().mean().item(), colour=F.avg_pool2d(error, 8).square().mean().item()
+            step,
+            loss=loss.item(),
+            l1=error.abs().mean().item(),
+            colour=F.avg_pool2d(error, 8).square().mean().item(),
         )
     _finish(model.float(), ema, data, settings)
     return 0
@@ -153,17 +162,23 @@ def train(settings: AutoencoderSettings) -> int:
 
 def _finish(model: AutoencoderTiny, ema: EMA, data: EmojiDataset, settings: AutoencoderSettings) -> None:
     averaged = {name.removeprefix("autoencoder."): value for name, value in ema.average.items()}
-    model.load_state_dict({name: value for name, value in averaged.items() if not name.startswith("colours.")})
+    model.load_state_dict(
+        {name: value for name, value in averaged.items() if not name.startswith("colours.")}
+    )
     model.eval()
     rows = np.asarray(data.indices("train"))
     latents = encode_images(model, data.images, rows[:: max(1, len(rows) // 1024)])
     if not np.isfinite(latents).all():
-        raise TrainingError("the trained autoencoder makes latents that are not finite; train again with a lower --lr")
+        raise TrainingError(
+            "the trained autoencoder makes latents that are not finite; train again with a lower --lr"
+        )
     # The pipeline feeds latents / scaling_factor + shift_factor to the decoder.
     model.register_to_config(scaling_factor=1 / float(latents.std()), shift_factor=float(latents.mean()))
     model.save_pretrained(settings.out / "vae")
     held = np.asarray(data.indices("heldout_pair"))
-    print(f"mean |error| on {len(held)} held-out pictures: {round_trip_error(model, data.images, held):.4f} of [-1, 1]")
+    print(
+        f"mean |error| on {len(held)} held-out pictures: {round_trip_error(model, data.images, held):.4f} of [-1, 1]"
+    )
 
 
 @torch.no_grad()

@@ -18,12 +18,11 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from pydantic import BaseModel, ConfigDict, Field
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
-from tokenizers import Regex
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -49,7 +48,9 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, length: int) -> CL
     """A CLIP tokenizer whose merges were learnt on `captions`."""
     model = Tokenizer(BPE(end_of_word_suffix="</w>"))
     model.normalizer = Lowercase()
-    model.pre_tokenizer = Sequence([Split(Regex(WORD), "removed", invert=True), ByteLevel(add_prefix_space=False)])
+    model.pre_tokenizer = Sequence(
+        [Split(Regex(WORD), "removed", invert=True), ByteLevel(add_prefix_space=False)]
+    )
     alphabet = sorted(ByteLevel.alphabet())
     model.train_from_iterator(
         captions,
@@ -57,7 +58,9 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, length: int) -> CL
                    show_progress=False),
     )  # fmt: skip
     document = json.loads(model.to_str())["model"]
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in document["merges"]]
+    merges = [
+        tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in document["merges"]
+    ]
     # CLIP's order: bytes, bytes that end a word, merges, specials. Every byte must be there in both forms.
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     known = set(tokens)
@@ -82,7 +85,12 @@ def _text_encoder(tokenizer: CLIPTokenizer, config: ModelConfig) -> CLIPTextMode
 
 
 def build_pipeline(
-    folder: Path, vae: AutoencoderTiny, captions: Iterable[str], latent_size: int, config: ModelConfig, seed: int
+    folder: Path,
+    vae: AutoencoderTiny,
+    captions: Iterable[str],
+    latent_size: int,
+    config: ModelConfig,
+    seed: int,
 ) -> Path:
     """Write a random-weight `StableDiffusion3Pipeline` folder around a trained autoencoder."""
     torch.manual_seed(seed)
@@ -96,8 +104,8 @@ def build_pipeline(
     )  # fmt: skip
     # adaLN-zero (DiT): every block starts as the identity, and the model by predicting nothing.
     for name, module in transformer.named_modules():
-        if isinstance(module, torch.nn.Linear) and (name.endswith(("norm1.linear", "norm1_context.linear",
-                                                                   "norm_out.linear")) or name == "proj_out"):  # fmt: skip
+        modulation = name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear"))
+        if isinstance(module, torch.nn.Linear) and (modulation or name == "proj_out"):
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
     StableDiffusion3Pipeline(
@@ -113,4 +121,6 @@ def build_pipeline(
 
 def _merges(tokenizer: CLIPTokenizer) -> list[tuple[str, str]]:
     document = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    return [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in document["merges"]]
+    return [
+        tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in document["merges"]
+    ]

@@ -39,7 +39,9 @@ class TeacherSettings(CommandSettings, env_prefix="CDM_TEACHER_"):
     """Train the emoji teacher by flow matching; the same command resumes."""
 
     data: Path = Field(Path("data/emoji"), description="dataset folder, from `cdm-train emoji-data`")
-    vae: Path = Field(Path("runs/autoencoder/vae"), description="autoencoder, from `cdm-train emoji-autoencoder`")
+    vae: Path = Field(
+        Path("runs/autoencoder/vae"), description="autoencoder, from `cdm-train emoji-autoencoder`"
+    )
     out: Path = Field(Path("runs/teacher"), description="run folder; the model is written to OUT/model")
     steps: int = Field(20_000, ge=1, description="optimizer steps; more may be asked for when resuming")
     cooldown: int = Field(2000, ge=0, description="last steps, over which the learning rate falls to zero")
@@ -50,7 +52,9 @@ class TeacherSettings(CommandSettings, env_prefix="CDM_TEACHER_"):
     shift: float = Field(1.5, gt=0, description="sigma shift, in training and in the scheduler")
     layers: int = Field(6, ge=1, description="transformer blocks")
     heads: int = Field(3, ge=1, description="attention heads, 64 wide each")
-    sample_every: int = Field(500, ge=0, description="steps between sample grids and held-out losses; 0: none")
+    sample_every: int = Field(
+        500, ge=0, description="steps between sample grids and held-out losses; 0: none"
+    )
     save_minutes: float = Field(5, gt=0, description="minutes between checkpoints")
     seed: int = Field(0, ge=0, description="seed of everything drawn")
     threads: int = Field(1, ge=1, description="CPU threads")
@@ -94,7 +98,11 @@ class Teacher:
         """A float32 copy of the model that holds the averaged weights."""
         family = load_family(initial)
         assert isinstance(family, SD3Family)
-        copies = dict(torch.nn.ModuleDict({"transformer": family.transformer, **family.text_modules()}).named_parameters())
+        copies = dict(
+            torch.nn.ModuleDict(
+                {"transformer": family.transformer, **family.text_modules()}
+            ).named_parameters()
+        )
         for name, average in self.ema.average.items():
             copies[name].copy_(average)
         return family
@@ -111,7 +119,9 @@ def prepare(settings: TeacherSettings, data: EmojiDataset) -> tuple[SD3Family, T
     from diffusers import AutoencoderTiny
 
     if not (settings.vae / "config.json").is_file():
-        raise TrainingError(f"--vae={settings.vae} is not an autoencoder folder; run cdm-train emoji-autoencoder first")
+        raise TrainingError(
+            f"--vae={settings.vae} is not an autoencoder folder; run cdm-train emoji-autoencoder first"
+        )
     vae = AutoencoderTiny.from_pretrained(settings.vae)
     settings.out.mkdir(parents=True, exist_ok=True)
     cache = settings.out / "latents.npy"
@@ -157,10 +167,12 @@ def train(settings: TeacherSettings) -> int:
         sigma_B = draw_sigma(settings.batch, settings.shift, random)
         with cpu_kernels():
             loss = flow_matching_loss(family, x0_BCHW, noise_BCHW, sigma_B, family.tokenize(prompts))
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         cooled = min(1.0, (settings.steps - step) / settings.cooldown) if settings.cooldown else 1.0
         norm = teacher.mixed.step(
-            *teacher.optimizers, clip=1.0, lr=settings.lr * warmup(step, settings.steps, 200, "constant") * cooled
+            *teacher.optimizers,
+            clip=1.0,
+            lr=settings.lr * warmup(step, settings.steps, 200, "constant") * cooled,
         )
         teacher.ema.update(teacher.mixed.masters)
         run.log(step, loss=loss.item(), norm=norm)
@@ -171,7 +183,12 @@ def train(settings: TeacherSettings) -> int:
 
 
 def look(
-    run: Run, step: int, family: SD3Family, data: EmojiDataset, latents_NCHW: Tensor, settings: TeacherSettings
+    run: Run,
+    step: int,
+    family: SD3Family,
+    data: EmojiDataset,
+    latents_NCHW: Tensor,
+    settings: TeacherSettings,
 ) -> None:
     """Held-out loss, a sample grid, and the model as it is now."""
     write_model(family, settings, step + 1, data)

@@ -51,7 +51,9 @@ def test_reconstruction_loss_is_zero_only_for_the_same_picture() -> None:
     assert float(autoencoder.reconstruction_loss(picture + 0.1, picture)) > 0.1
 
 
-def test_teacher_folder_loads_in_diffusers_and_in_our_family(tiny_data: Path, vae: Path, tmp_path: Path) -> None:
+def test_teacher_folder_loads_in_diffusers_and_in_our_family(
+    tiny_data: Path, vae: Path, tmp_path: Path
+) -> None:
     assert teacher.train(_settings(tiny_data, vae, tmp_path)) == 0
     model = tmp_path / "model"
     pipeline = StableDiffusion3Pipeline.from_pretrained(model, text_encoder_3=None, tokenizer_3=None)
@@ -72,14 +74,17 @@ def test_stopped_and_resumed_teacher_equals_an_uninterrupted_one(
     teacher.train(_settings(tiny_data, vae, parts, cooldown=0, sample_every=0, steps=3))
     teacher.train(_settings(tiny_data, vae, parts, cooldown=0, sample_every=0))
     last = [checkpoint.latest(folder / "checkpoints") for folder in (whole, parts)]
-    assert last[0] is not None and last[1] is not None
+    assert last[0] is not None
+    assert last[1] is not None
     for group in ("master", "ema", "muon", "adamw"):
         one, two = last[0].tensors(group), last[1].tensors(group)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one), group
 
 
-def test_another_configuration_in_the_same_folder_is_refused(tiny_data: Path, vae: Path, tmp_path: Path) -> None:
+def test_another_configuration_in_the_same_folder_is_refused(
+    tiny_data: Path, vae: Path, tmp_path: Path
+) -> None:
     teacher.train(_settings(tiny_data, vae, tmp_path, steps=1, sample_every=0))
     with pytest.raises(TrainingError, match=r"batch=2 \(there: 4\)"):
         teacher.train(_settings(tiny_data, vae, tmp_path, steps=1, sample_every=0, batch=2))
@@ -95,7 +100,7 @@ def test_tokenizer_gives_caption_words_one_token_each_and_refuses_no_text() -> N
     assert tokenizer.tokenize("Red APPLE") == ["red</w>", "apple</w>"]
     for text in ("", "quixotic zebra", "日本 🍎", "a" * 400):
         ids = tokenizer(text, padding="max_length", truncation=True, max_length=12).input_ids
-        assert len(ids) == 12 and ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+        assert (len(ids), ids[0], ids[-1]) == (12, tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def test_sigma_is_shifted_like_the_scheduler() -> None:
