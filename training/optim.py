@@ -24,7 +24,7 @@ class MixedPrecision:
             name: p.detach() if self._same else p.detach().float().clone() for name, p in trained.items()
         }
         if not self._same:
-            model.to(dtype)
+            nn.Module.to(model, dtype)  # diffusers overrides `to` with a note about float32 modules it has none of
         self._copies: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         if self._same:
             self.masters = {name: p for name, p in model.named_parameters() if p.requires_grad}
