@@ -25,6 +25,9 @@ from engines.cli import CommandSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 1e6
+CACHING = ("auto", "openvino")
+"""Runtimes that keep compiled models; the others start alike every time."""
+
 Info = dict[str, Any]
 """What `/info` answers."""
 
@@ -34,7 +37,7 @@ class ColdStartSettings(CommandSettings, env_prefix="CDM_BENCH_COLDSTART_"):
 
     bundle: Path | None = Field(None, description="bundle to serve; none: the bundled model")
     engine: Literal["auto", "openvino", "onnxruntime", "fake"] = Field("auto", description="runtime")
-    runs: int = Field(5, ge=1, le=100, description="cold and warm starts each")
+    runs: int = Field(5, ge=1, le=100, description="cold and warm starts each (starts, without a cache)")
     install: bool = Field(False, description="measure installation as well, in a fresh environment")
     extra: Literal["", "openvino"] = Field(
         "openvino", description="extra that --install installs; empty: none"
@@ -45,7 +48,8 @@ def first_picture(
     settings: ColdStartSettings, cache: Path, python: str = sys.executable
 ) -> tuple[float, Info]:
     """Seconds from process creation to the first picture, asked for as soon as anybody listens; and `/info`."""
-    flags = ["--engine", settings.engine, "--cache-dir", str(cache), "--log-level", "warning"]
+    flags = ["--engine", settings.engine, "--log-level", "warning"]
+    flags += ["--cache-dir", str(cache)] if settings.engine in CACHING else []
     flags += ["--bundle", str(settings.bundle)] if settings.bundle else []
     with Server(flags, python=python, wait_ready=False) as server:
         picture = server.fetch("/generate", b'{"prompt": "red apple"}')
@@ -81,10 +85,11 @@ def installed(extra: str) -> Iterator[tuple[Path, dict[str, float]]]:
 
 def run(settings: ColdStartSettings) -> None:
     """Measure and print."""
-    seconds: dict[str, list[float]] = {"cold": [], "warm": []}
+    states = ("cold", "warm") if settings.engine in CACHING else ("no",)
+    seconds: dict[str, list[float]] = {state: [] for state in states}
     for _ in range(settings.runs):
         with tempfile.TemporaryDirectory() as cache:
-            for state in ("cold", "warm"):
+            for state in seconds:
                 taken, info = first_picture(settings, Path(cache))
                 seconds[state].append(taken)
     rows = [

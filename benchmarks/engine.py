@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,10 +46,10 @@ class EngineBenchSettings(CommandSettings, env_prefix="CDM_BENCH_ENGINE_"):
     )
     steps: list[int] = Field([1, 2, 4], min_length=1, description="step counts")
     rounds: int = Field(20, ge=1, description="measured rounds; every contender runs once in each")
-    teacher_rounds: int = Field(3, ge=1, description="rounds in which the teacher takes part")
+    teacher_rounds: int = Field(10, ge=1, description="rounds in which the teacher takes part")
     guidance: float = Field(4.0, gt=1, description="the teacher's guidance scale")
     threads: int = Field(0, ge=0, description="threads of every contender; 0 lets each choose")
-    runtime: str = Field("auto", description="the bundle's runtime")
+    engine: Literal["auto", "openvino", "onnxruntime"] = Field("auto", description="the bundle's runtime")
     precision: str = Field("auto", description="the bundle's precision")
     prompt: str = Field("red apple", description="the request's prompt")
     seed: int = Field(0, ge=0, description="seed of the request and of the contenders' order")
@@ -76,7 +76,7 @@ def run(settings: EngineBenchSettings) -> int:
         raise UsageError(
             f"--steps={unknown[0]}: the bundle has schedules for {sorted(bundle.manifest.schedules)}"
         )
-    options = EngineOptions(settings.runtime, settings.precision, settings.threads)
+    options = EngineOptions(settings.engine, settings.precision, settings.threads)
     started = time.perf_counter()
     engine = load_engine(bundle, options)
     load_s = time.perf_counter() - started

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import httpx
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from benchmarks.report import percentiles, show
 from benchmarks.server import Server, ServerError
@@ -38,6 +38,16 @@ class HttpBenchSettings(CommandSettings, env_prefix="CDM_BENCH_HTTP_"):
     warmup: int = Field(20, ge=0, le=10_000, description="requests before, not counted")
     steps: int | None = Field(None, ge=1, description="denoising steps; none: the bundle's default")
     format: Literal["png", "jpeg", "webp"] = Field("png", description="image format asked for")
+
+    @model_validator(mode="after")
+    def _a_running_server_has_its_engine(self) -> Self:
+        for name, value, nothing in (("engine", self.engine, "auto"), ("bundle", self.bundle, None)):
+            if self.url is not None and value != nothing:
+                raise ValueError(
+                    f"--{name}={value} is for a server to be started, but --url={self.url} is already running; "
+                    "leave one of them out"
+                )
+        return self
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+P95_FROM = 20
+"""Measurements from which on one in twenty is one; with fewer, a 95th percentile is but the largest value."""
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """`p50`, `p95` and `n` of measurements, in the unit they came in."""
-    p50, p95 = np.percentile(np.asarray(values, dtype=np.float64), [50, 95])
-    return {"p50": round(float(p50), 3), "p95": round(float(p95), 3), "n": len(values)}
+
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """`p50`, `p95` (None below `P95_FROM` measurements) and `n`, in the unit they came in."""
+    p50, p95 = (round(float(value), 3) for value in np.percentile(np.asarray(values, np.float64), [50, 95]))
+    return {"p50": p50, "p95": p95 if len(values) >= P95_FROM else None, "n": len(values)}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -43,6 +46,8 @@ def show(benchmark: str, rows: Sequence[Mapping[str, Any]], **facts: Any) -> Non
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -64,10 +65,12 @@ def serve(settings: ServeSettings) -> int:
                 server_header=False,
                 timeout_graceful_shutdown=int(settings.drain_timeout_s) + ANSWER_S,
             )
-            Server(config, on_exit=app.state.service.drain_soon).run(sockets=[listener])
+            server = Server(config, on_exit=app.state.service.drain_soon)
+            with suppress(SystemExit):  # by which some versions of uvicorn end a start that failed
+                server.run(sockets=[listener])
         finally:
             engine.close()
-    return 0
+    return 0 if server.started else 1  # uvicorn has logged why the app could not start
 
 
 def _address(listener: socket.socket) -> str:
@@ -116,10 +119,23 @@ def listen(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise UsageError(
-            f"cannot listen on --host={host} --port={port}: {error.strerror or error}; choose another with --port"
+            f"cannot listen on --host={host} --port={port}: {reason}; {_remedy(error, port)}"
         ) from error
+
+
+def _remedy(error: OSError | UnicodeError, port: int) -> str:
+    code = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, (socket.gaierror, UnicodeError)) or code in (
+        errno.EADDRNOTAVAIL,
+        errno.EAFNOSUPPORT,
+    ):
+        return "choose an address of this machine with --host (127.0.0.1: this machine only; 0.0.0.0: all)"
+    if code == errno.EACCES and 0 < port < 1024:
+        return "ports below 1024 are for privileged users; choose one from 1024 on with --port"
+    return "choose another with --port"
 
 
 if __name__ == "__main__":

@@ -270,10 +270,15 @@ class Runner:
 
     def _refuse_until_stopped(self, error: Unavailable) -> None:
         self._fail(list(self._pictures.values()), error)
-        while not isinstance(message := self._inbox.get(), _Stop):
-            if isinstance(message, _Submit):
-                self._accept(message.pictures)
-                self._fail(message.pictures, error)
+        while (
+            self._deadline is None
+        ):  # a stop that was taken in before the failure is the only one there will be
+            match self._inbox.get():
+                case _Submit(pictures):
+                    self._accept(pictures)
+                    self._fail(pictures, error)
+                case _Stop(deadline):
+                    self._deadline = deadline
 
 
 def _failed(stage: str, error: Exception) -> GenerationFailed:

@@ -63,9 +63,9 @@ class Service:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self.runner.start()
         for format in FORMATS:  # an encoder loads on its first picture, which should be nobody's
             encode_image(np.zeros((8, 8, 3), np.uint8), format, {})
+        self.runner.start()  # last: a start that fails leaves no thread behind
         return self
 
     async def __aexit__(self, *_: object) -> None:

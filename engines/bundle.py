@@ -22,10 +22,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from engines.errors import BundleError
+from engines.files import sha256_file, write_text_atomically
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 COMPONENTS = ("text_encoder", "denoiser", "decoder")
+PROVENANCE = "provenance.json"
+"""What training leaves in a student folder for the export: the fields of `Provenance` but `tools`."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8"]
@@ -148,13 +151,30 @@ class Manifest(_Strict):
             )
         if self.default_size not in self.sizes:
             raise ValueError("default_size is not among sizes")
-        conditioning = self.components["text_encoder"].outputs
-        wanted = {"x", "sigma", "sigma_next", *conditioning}
-        if set(self.components["denoiser"].inputs) != wanted:
-            raise ValueError(
-                f"denoiser takes {sorted(self.components['denoiser'].inputs)}, not {sorted(wanted)}"
-            )
+        factor = self.latent.downscale
+        for size in self.sizes:
+            if size.width % factor or size.height % factor:
+                raise ValueError(
+                    f"size {size.width}x{size.height}: both sides must be multiples of latent.downscale={factor}"
+                )
+        self._tensors_meet()
         return self
+
+    def _tensors_meet(self) -> None:
+        """Every tensor that one part gives is what the next one takes, by the names that engines use."""
+        text, denoiser, decoder = (self.components[name] for name in COMPONENTS)  # type: ignore[index]
+        inputs = [tokenizer.input for tokenizer in self.tokenizers]
+        if len(set(inputs)) != len(inputs):
+            raise ValueError(f"tokenizers fill {inputs}: one input twice")
+        for what, found, wanted in (
+            ("text_encoder takes", text.inputs, inputs),
+            ("denoiser takes", denoiser.inputs, ["x", "sigma", "sigma_next", *text.outputs]),
+            ("denoiser gives", denoiser.outputs, ["x_next", "x0"]),
+            ("decoder takes", decoder.inputs, ["x"]),
+            ("decoder gives", decoder.outputs, ["image"]),
+        ):
+            if set(found) != set(wanted):
+                raise ValueError(f"{what} {sorted(found)}, not {sorted(wanted)}")
 
     def sigmas(self, steps: int) -> tuple[float, ...]:
         """The `steps + 1` post-shift sigmas of a picture made in `steps` steps, from 1 (noise) to 0 (picture)."""
@@ -195,12 +215,6 @@ class Bundle:
         return self.root / self.manifest.components[component].graph.file  # type: ignore[index]
 
 
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def file_ref(root: Path, path: Path) -> FileRef:
     """Describe an existing file of the bundle at `root`."""
     return FileRef(
@@ -211,7 +225,7 @@ def file_ref(root: Path, path: Path) -> FileRef:
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write `bundle.json`, readable and stable (equal manifests are equal bytes)."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
-    (root / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_text_atomically(root / MANIFEST, text + "\n")
 
 
 def load_bundle(root: Path) -> Bundle:

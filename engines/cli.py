@@ -24,6 +24,7 @@ import difflib
 import importlib.metadata
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePath
@@ -108,6 +109,33 @@ def run_command(
     `epilog` holds example commands. `EngineError`, `UsageError` and `user_errors` (classes, or `"module:Class"`) end
     as `prog: error: …`, exit 2.
     """
+    return until_reader_leaves(lambda: _run_command(settings_class, main, argv, prog, epilog, user_errors))
+
+
+def until_reader_leaves(run: Callable[[], int]) -> int:
+    """What `run` returns; 0 when whoever read its output has closed the pipe, as `| head` does."""
+    try:
+        try:
+            return run()
+        finally:
+            sys.stdout.flush()  # here, not when the interpreter ends, where nobody can catch it
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        if not output.poll(0):  # another pipe broke, which is no reader's choice
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own last flush
+        return 0
+
+
+def _run_command(
+    settings_class: type[Settings],
+    main: Callable[[Settings], object],
+    argv: Sequence[str] | None,
+    prog: str,
+    epilog: str,
+    user_errors: Sequence[str | type[Exception]],
+) -> int:
     try:
         settings, dry_run = parse_settings(settings_class, argv, prog, epilog)
         if dry_run:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from engines.cli import (
     fail,
     hint,
     run_command,
+    until_reader_leaves,
 )
 
 
@@ -48,6 +50,10 @@ def run_commands(
     commands: Mapping[str, Command], argv: Sequence[str] | None, prog: str, about: str = ""
 ) -> int:
     """Run the sub-command that `argv` begins with; the others are not even imported."""
+    return until_reader_leaves(lambda: _run_commands(commands, argv, prog, about))
+
+
+def _run_commands(commands: Mapping[str, Command], argv: Sequence[str] | None, prog: str, about: str) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(
         prog=prog,
@@ -83,19 +89,22 @@ def run_commands(
 
 def _load(target: str, command: Command, name: str) -> Any:
     module_name, _, attribute = target.partition(":")
-    try:
+    with importing(name, command.extra):
         return getattr(importlib.import_module(module_name), attribute)
+
+
+@contextmanager
+def importing(command: str, extra: str) -> Iterator[None]:
+    """Imports in the body that fail for want of a package end as a `UsageError` naming `extra` (if there is one)."""
+    try:
+        yield
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in (
-            "engines",
-            "training",
-            "benchmarks",
-            "cdm_serve",
-        ) or not command.extra:
+        package = (error.name or "").split(".")[0]
+        if package in ("engines", "training", "benchmarks", "cdm_serve") or not extra:
             raise
         raise UsageError(
-            f"{name} needs the package {error.name!r}, which is not installed; "
-            f"pip install '{DISTRIBUTION}[{command.extra}]'"
+            f"{command} needs the package {package!r}, which is not installed; "
+            f"pip install '{DISTRIBUTION}[{extra}]'"
         ) from error
 
 

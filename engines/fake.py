@@ -35,7 +35,7 @@ from engines.bundle import (
     load_bundle,
     write_manifest,
 )
-from engines.errors import ExecutionError
+from engines.errors import ExecutionError, RuntimeUnavailable
 
 Cost = Callable[[str, int], float]
 """(component, batch) → seconds that one call takes."""
@@ -47,7 +47,10 @@ CALLS_KEPT = 4096
 
 
 class FakeEngine(Engine):
-    """Colour fields for any bundle's shapes. `calls` holds the last (component, batch) pairs it was asked for."""
+    """Colour fields for any bundle's shapes. `calls` holds the last (component, batch) pairs it was asked for.
+
+    Raises `RuntimeUnavailable` for options that could change nothing here.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,17 @@ class FakeEngine(Engine):
         cost: Cost | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        given = {
+            "precision": (options.precision, "auto"),
+            "threads": (options.threads, 0),
+            "cache_dir": (options.cache_dir, None),
+        }
+        for name, (value, nothing) in given.items():
+            if value != nothing:
+                raise RuntimeUnavailable(
+                    f"{name}={value} means nothing to the fake runtime, which computes no model; leave it out, or "
+                    "choose another runtime"
+                )
         self.manifest = bundle.manifest
         self.info = EngineInfo(
             runtime="fake",

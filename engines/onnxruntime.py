@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import onnxruntime as ort
@@ -11,12 +12,15 @@ from engines.bundle import COMPONENTS, Bundle
 from engines.errors import RuntimeUnavailable
 from engines.rows import Array, HostEngine
 
+log = logging.getLogger("engines.onnxruntime")
+
 
 class OnnxRuntimeEngine(HostEngine):
     """A bundle on ONNX Runtime's CPU provider.
 
     It optimises the graphs anew at every start (about a second for small models) and has no compiled form worth
-    keeping: `cache_dir` is not used. Raises `RuntimeUnavailable` for a precision other than f32.
+    keeping. Raises `RuntimeUnavailable` for a precision other than f32, and for a `cache_dir` where this very runtime
+    was asked for.
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
@@ -26,6 +30,14 @@ class OnnxRuntimeEngine(HostEngine):
                 f"precision={options.precision!r} is not one of onnxruntime's: auto, f32; "
                 "the openvino runtime has bf16"
             )
+        if options.cache_dir is not None:
+            message = (
+                f"cache_dir={options.cache_dir} means nothing to onnxruntime, which has no compiled models to keep; "
+                "leave it out, or use the openvino runtime"
+            )
+            if options.runtime == "onnxruntime":
+                raise RuntimeUnavailable(message)
+            log.warning("%s", message)  # `auto` had no better choice
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads
         settings.inter_op_num_threads = 1

@@ -1,6 +1,7 @@
-"""Write the README's settings tables anew from the settings classes (`make readme`); `--check` only compares.
+"""Write the settings tables of README.md and docs/settings.md anew from the settings classes (`make readme`).
 
-Between `<!-- settings:module:Class -->` and `<!-- /settings -->` stands what `settings_table` says.
+In the README, what stands between `<!-- settings:module:Class -->` and `<!-- /settings -->` is what `settings_table`
+says; docs/settings.md is made whole, one table per sub-command. `--check` only compares.
 """
 
 from __future__ import annotations
@@ -10,29 +11,54 @@ import re
 import sys
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+SETTINGS = ROOT / "docs" / "settings.md"
 BLOCK = re.compile(r"(<!-- settings:([\w.]+):(\w+) -->\n).*?(<!-- /settings -->)", re.DOTALL)
+GROUPS = {"cdm-train": "training.main", "cdm-bench": "benchmarks.main"}
+
+
+def _table(module: str, name: str) -> str:
+    sys.path.insert(0, str(ROOT))
+    from engines.cli import settings_table
+
+    return settings_table(getattr(importlib.import_module(module), name))
 
 
 def rendered(text: str) -> str:
     """`text` with every settings table as the classes now are."""
-    sys.path.insert(0, str(README.parent))
-    from engines.cli import settings_table
 
     def table(block: re.Match[str]) -> str:
         begin, module, name, end = block.groups()
-        return f"{begin}{settings_table(getattr(importlib.import_module(module), name))}{end}"
+        return f"{begin}{_table(module, name)}{end}"
 
     return BLOCK.sub(table, text)
 
 
+def settings_page() -> str:
+    """docs/settings.md: every sub-command of `cdm-train` and `cdm-bench`."""
+    sys.path.insert(0, str(ROOT))
+    parts = [
+        "# Settings of every sub-command\n",
+        "`make readme` writes this page; `cdm-serve` and `cdm-export` are in the README.\n",
+    ]
+    for prog, module in GROUPS.items():
+        for name, command in importlib.import_module(module).COMMANDS.items():
+            parts.append(f"## `{prog} {name}`\n\n{command.help[:1].upper()}{command.help[1:]}.\n")
+            parts.append(_table(*command.settings.split(":")))
+    return "\n".join(parts)
+
+
 def main() -> int:
     """Exit code 1 when `--check` finds a difference."""
-    old = README.read_text(encoding="utf-8")
-    new = rendered(old)
+    wanted = {README: rendered(README.read_text(encoding="utf-8")), SETTINGS: settings_page()}
+    changed = {
+        path: text for path, text in wanted.items() if not path.is_file() or path.read_text("utf-8") != text
+    }
     if "--check" in sys.argv[1:]:
-        return int(old != new)
-    README.write_text(new, encoding="utf-8")
+        return int(bool(changed))
+    for path, text in changed.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -100,6 +100,19 @@ def test_serving_never_imports_torch() -> None:
     assert not wrong
 
 
+def test_models_are_loaded_from_safetensors_only() -> None:
+    calls = [
+        (name_of(path), node.lineno, {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords})
+        for path in sources(*PACKAGES)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "from_pretrained"
+    ]
+    assert calls
+    assert not [f"{name}:{line}" for name, line, given in calls if given.get("use_safetensors") != "True"]
+
+
 def test_top_level_names_are_fixed() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in tracked()} <= TOP_LEVEL
 

@@ -53,7 +53,8 @@ def save(
         for key, value in tensors.items():
             if not bool(torch.isfinite(value).all()):
                 raise Diverged(
-                    f"{group}/{key} is not finite at step {step}; no checkpoint is written, lower the learning rate"
+                    f"{group}/{key} is not finite at step {step}; no checkpoint is written; run again with a lower "
+                    "learning rate and another --out"
                 )
     target = folder / f"step-{step:08d}"
     partial = folder / f".partial-{step:08d}"
@@ -81,6 +82,27 @@ def latest(folder: Path) -> Checkpoint | None:
             meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
             return Checkpoint(path, int(meta["step"]), meta)
     return None
+
+
+def require_same_tensors(saved: Mapping[str, Tensor], present: Mapping[str, Tensor], what: str) -> None:
+    """Refuse to put back tensors of another model.
+
+    Raises:
+        TrainingError: names or shapes differ.
+    """
+    if saved.keys() != present.keys():
+        named = sorted(saved.keys() ^ present.keys())
+        raise TrainingError(
+            f"the checkpoint's {what} have {len(saved)} tensors, this model has {len(present)}, and {len(named)} are "
+            f"in one of them only ({', '.join(named[:3])} …); use the settings and the version it was written with, "
+            "or another --out"
+        )
+    for name, tensor in saved.items():
+        if tensor.shape != present[name].shape:
+            raise TrainingError(
+                f"the checkpoint's {name} is {tuple(tensor.shape)}, this model's is {tuple(present[name].shape)}; "
+                "use the settings it was written with, or another --out"
+            )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

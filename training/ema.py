@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from training.checkpoint import require_same_tensors
+
 
 class EMA:
     """A float32 average of the tensors in `source` (a state dict whose tensors are updated in place)."""
@@ -27,7 +29,12 @@ class EMA:
         torch._foreach_lerp_(averages, current, 1 - decay)
 
     def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
-        """Put back a saved average."""
+        """Put back a saved average.
+
+        Raises:
+            TrainingError: it is another model's.
+        """
+        require_same_tensors(tensors, self.average, "averages")
         for name, tensor in tensors.items():
             self.average[name].copy_(tensor)
         self.updates = updates

@@ -35,6 +35,7 @@ from training.emoji.dataset import EmojiDataset
 from training.evalset import EvalSet, Scorer, choose, pictures, table
 from training.evaluator import Evaluator
 from training.sampling import generate, round_trip
+from training.student_folder import read_recorded, record_metrics
 
 ASSETS = Path(__file__).parent / "assets" / "evaluator"
 
@@ -69,12 +70,17 @@ class EvaluateSettings(CommandSettings, env_prefix="CDM_EVALUATE_"):
     seed: int = Field(0, ge=0, le=1_000_000, description="seed of prompts, distractors and starting noise")
     threads: int = Field(1, ge=1, description="CPU threads")
     out: Path | None = Field(None, description="JSON file to write as well")
+    record: bool = Field(
+        False, description="also keep the result in FOLDER/provenance.json, from where cdm-export takes it"
+    )
 
 
 def evaluate(settings: EvaluateSettings) -> int:
     """Measure, print the table and one JSON line."""
     torch.set_num_threads(settings.threads)
     data = EmojiDataset.load(settings.data)
+    if settings.record:
+        read_recorded(settings.folder)  # refused now, not after the measuring
     chosen = choose(data, settings.count, settings.choices, settings.seed)
     scorer = Scorer(Evaluator.load(settings.evaluator or ASSETS), chosen)
     family = load_model(settings.folder, settings.dtype)
@@ -94,6 +100,8 @@ def evaluate(settings: EvaluateSettings) -> int:
     if settings.out is not None:
         settings.out.parent.mkdir(parents=True, exist_ok=True)
         settings.out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if settings.record:
+        record_metrics(settings.folder, "evaluate", result)
     return 0
 
 

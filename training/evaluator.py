@@ -12,6 +12,7 @@ Shapes: N pictures, B batch, H and W pixels, L tokens, E embedding width, D feat
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engines.files import replace_folder
 from training.errors import TrainingError
 
 WEIGHTS, CONFIG, TOKENIZER = "evaluator.safetensors", "evaluator.json", "tokenizer.json"
@@ -205,19 +207,22 @@ class Evaluator:
         return result
 
     def save(self, folder: Path) -> None:
-        """Write the three files, weights as float16."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Make `folder` the three files, weights as float16; one that was there stays whole until then."""
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         tensors = {
             name: tensor.half() if tensor.is_floating_point() else tensor
             for name, tensor in self.model.state_dict().items()
         }
         # Not `save_file`: it writes files that nobody else may read, and this one is shipped.
-        (folder / WEIGHTS).write_bytes(
+        (partial / WEIGHTS).write_bytes(
             to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
         )
         document = {"format_version": FORMAT_VERSION, "model": asdict(self.config), **self.info}
-        (folder / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        (folder / TOKENIZER).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+        (partial / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (partial / TOKENIZER).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+        replace_folder(partial, folder)
 
     @classmethod
     def load(cls, folder: Path) -> Self:

@@ -51,14 +51,6 @@ COMMANDS = {
         epilog="cdm-train emoji-cdm --teacher runs/teacher/model\ncdm-train emoji-cdm --teacher T --steps 200",
         user_errors=USER_ERRORS,
     ),
-    "sd3-cdm": Command(
-        "training.recipes:SD3CDMSettings",
-        "training.recipes:train_sd3",
-        "distil SD3-Medium with the published settings",
-        extra="train",
-        epilog="cdm-train sd3-cdm --teacher TEACHER --prompts prompts.txt",
-        user_errors=USER_ERRORS,
-    ),
     "evaluate": Command(
         "training.evaluate:EvaluateSettings",
         "training.evaluate:evaluate",

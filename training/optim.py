@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from training.checkpoint import require_same_tensors
+
 
 class MixedPrecision:
     """Float32 master weights beside a model whose parameters compute in `dtype`.
@@ -24,7 +26,9 @@ class MixedPrecision:
             name: p.detach() if self._same else p.detach().float().clone() for name, p in trained.items()
         }
         if not self._same:
-            nn.Module.to(model, dtype)  # diffusers overrides `to` with a note about float32 modules it has none of
+            nn.Module.to(
+                model, dtype
+            )  # diffusers overrides `to` with a note about float32 modules it has none of
         self._copies: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         if self._same:
             self.masters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -64,7 +68,12 @@ class MixedPrecision:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back saved masters."""
+        """Put back saved masters.
+
+        Raises:
+            TrainingError: they are another model's.
+        """
+        require_same_tensors(tensors, self.masters, "weights")
         for name, tensor in tensors.items():
             self.masters[name].copy_(tensor)
         self.refresh()

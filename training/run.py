@@ -33,6 +33,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
+from engines.files import write_text_atomically
 from training import checkpoint
 from training.errors import Diverged, TrainingError
 
@@ -82,21 +83,28 @@ class Run:
     ) -> None:
         """`free` names settings that a resumed run may change (how long to train, how often to save).
 
+        A hash (`…_sha256`) that `config.json` lacks was not recorded then, and binds from now on.
+
         Raises:
-            TrainingError: the folder holds a run with other settings.
+            TrainingError: the folder holds a checkpoint made with other settings.
         """
         self.folder = folder
         self.total = total
         self.save_seconds = save_minutes * 60
-        self._stop = False
+        self._stopped_by: int | None = None
         self._running: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / CONFIG
         bound = {key: value for key, value in config.items() if key not in free}
-        if path.is_file():
+        self.started = checkpoint.latest(folder / "checkpoints") is not None
+        """Whether there is something to resume; before that a folder is bound to nothing."""
+        if self.started and path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
             changed = [
-                key for key, value in bound.items() if before.get(key) != json.loads(json.dumps(value))
+                key
+                for key, value in bound.items()
+                if before.get(key) != json.loads(json.dumps(value))
+                and (key in before or not key.endswith("_sha256"))
             ]
             if changed:
                 raise TrainingError(
@@ -104,7 +112,7 @@ class Run:
                     + ", ".join(f"{key}={config[key]!r} (there: {before.get(key)!r})" for key in changed)
                     + "; use these again, or another --out"
                 )
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_text_atomically(path, json.dumps(config, indent=2) + "\n")
 
     def resume(self, state: State) -> int:
         """Restore the newest checkpoint into `state`; the step to go on with."""
@@ -121,7 +129,11 @@ class Run:
         checkpoint.save(self.folder / "checkpoints", step, state.tensors(), state.counters())
 
     def steps(self, start: int, state: State) -> Iterator[int]:
-        """Yield `start … total − 1`; save every `save_minutes`, at the end, and on SIGTERM or Ctrl-C (then stop)."""
+        """Yield `start … total − 1`; save every `save_minutes`, at the end, and on SIGTERM or Ctrl-C, then stop.
+
+        Raises:
+            SystemExit: stopped by a signal: 128 + its number, as shells count (130 for Ctrl-C, 143 for SIGTERM).
+        """
         previous = {sig: signal.signal(sig, self._on_signal) for sig in (signal.SIGTERM, signal.SIGINT)}
         saved_at, saved_step = time.monotonic(), start
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -133,12 +145,12 @@ class Run:
                     yield step
                     note = " ".join(f"{key} {value:.4g}" for key, value in self._running.items())
                     bar.update(task, completed=step + 1, note=note)
-                    if self._stop or time.monotonic() - saved_at > self.save_seconds:
+                    if self._stopped_by or time.monotonic() - saved_at > self.save_seconds:
                         self.save(step + 1, state)
                         saved_at, saved_step = time.monotonic(), step + 1
-                    if self._stop:
+                    if self._stopped_by:
                         bar.console.print(f"stopped at step {step + 1}; the same command goes on from there")
-                        raise SystemExit(0)
+                        raise SystemExit(128 + self._stopped_by)
             if saved_step < self.total:
                 self.save(self.total, state)
         finally:
@@ -154,8 +166,8 @@ class Run:
         for key, value in values.items():
             if not math.isfinite(value):
                 raise Diverged(
-                    f"{key}={value} at step {step}; lower the learning rate, or resume from the last checkpoint in "
-                    f"{self.folder / 'checkpoints'}"
+                    f"{key}={value} at step {step}; run again with a lower learning rate and another --out, since "
+                    f"{self.folder} goes on only with the settings it was begun with"
                 )
             self._running[key] = 0.98 * self._running.get(key, value) + 0.02 * value
         if step % every == 0:
@@ -178,7 +190,7 @@ class Run:
                     kept.append(line + "\n")
             except ValueError:
                 continue
-        path.write_text("".join(kept), encoding="utf-8")
+        write_text_atomically(path, "".join(kept))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._stop = True
+        self._stopped_by = number

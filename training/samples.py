@@ -23,9 +23,9 @@ from pydantic import Field
 from engines.cli import CommandSettings
 from engines.families.base import Family
 from training.emoji.dataset import EmojiDataset
-from training.errors import TrainingError
 from training.evalset import SEEN_SPLIT
 from training.evaluate import load_model
+from training.prompts import read_prompts
 from training.sampling import generate
 
 PROMPTS = Path(__file__).parent / "assets" / "sample_prompts.txt"
@@ -45,7 +45,7 @@ class SamplesSettings(CommandSettings, env_prefix="CDM_SAMPLES_"):
         [1, 2, 4], min_length=1, description="step counts of the student, a column each"
     )
     guidance: float = Field(4.0, ge=0, description="the teacher's guidance; other than 1 it doubles the NFE")
-    prompts: Path | None = Field(None, description="text file, a prompt per line; none: the ones that ship")
+    prompts: Path | None = Field(None, description="prompt list (.txt or .jsonl); none: the one that ships")
     data: Path = Field(Path("data/emoji"), description="dataset folder: tells which prompts are held out")
     out: Path = Field(Path("docs/samples.png"), description="PNG of the whole sheet")
     row: Path | None = Field(None, description="PNG of one row: the last column's pictures of some prompts")
@@ -69,7 +69,7 @@ class Column:
 def samples(settings: SamplesSettings) -> int:
     """Draw and write the sheet, and the row if asked for."""
     torch.set_num_threads(settings.threads)
-    prompts = read_prompts(settings.prompts or PROMPTS)
+    prompts = read_prompts(settings.prompts or PROMPTS).texts
     data = EmojiDataset.load(settings.data)
     held = held_out(data, prompts)
     columns = draw(load_model(settings.teacher, settings.dtype), "teacher", prompts, settings)
@@ -84,23 +84,6 @@ def samples(settings: SamplesSettings) -> int:
         some = [order[position] for position in chosen]
         save(strip([prompts[position] for position in some], columns[-1].pictures_NHWC[some]), settings.row)
     return 0
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The file's lines, empty ones left out.
-
-    Raises:
-        TrainingError: unreadable, or no prompts in it.
-    """
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(
-            f"--prompts={path} cannot be read ({error}); name a text file, a prompt per line"
-        ) from error
-    if not prompts:
-        raise TrainingError(f"--prompts={path} has no prompts; write one per line")
-    return prompts
 
 
 def held_out(data: EmojiDataset, prompts: Sequence[str]) -> list[bool]:

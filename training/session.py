@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from engines.families.base import Family, FamilyError, load_family
+from training import checkpoint
 from training.distill import Distillation, distill
 from training.errors import TrainingError
 from training.grid import tile
@@ -18,7 +19,13 @@ from training.recipes import RUNTIME_FIELDS, DistilSettings
 from training.roles import Roles
 from training.run import Run, config_sha256, numpy_generator
 from training.sampling import decode, sample
-from training.student_folder import StudentProvenance, teacher_licences, teacher_sha256, write_student
+from training.student_folder import (
+    StudentProvenance,
+    TeacherHashes,
+    keep_teacher,
+    teacher_licences,
+    write_student,
+)
 
 GRID_PROMPTS = 8
 GRID_STEPS = (1, 2, 4)
@@ -27,7 +34,7 @@ GRID_STREAM = 1000
 
 
 def train(settings: DistilSettings, recipe: str, prompts: Prompts) -> int:
-    """Distil, and write `OUT/student`.
+    """Distil, and write `OUT/student`. The teacher is copied to `OUT/teacher` and read from there alone.
 
     Raises:
         TrainingError: an unusable teacher, another run's folder, embeddings that do not fit, or `Diverged`.
@@ -35,12 +42,19 @@ def train(settings: DistilSettings, recipe: str, prompts: Prompts) -> int:
     torch.set_num_threads(settings.threads)
     config = settings.config()
     licences = teacher_licences(settings.teacher)
-    identity = {"teacher_sha256": teacher_sha256(settings.teacher), "prompts_sha256": prompts.sha256()}
+    hashes, kept = TeacherHashes.of(settings.teacher), settings.out / "teacher"
+    identity = {
+        "teacher_sha256": hashes.transformer,
+        "teacher_components_sha256": hashes.components,
+        "prompts_sha256": prompts.sha256(),
+    }
+    _same_teacher(settings, hashes)
     run = Run(
         settings.out, {**settings.model_dump(mode="json"), **identity}, config.steps, settings.save_minutes,
         free=(*RUNTIME_FIELDS, "steps"),
     )  # fmt: skip
-    family = _load(settings.teacher)
+    keep_teacher(settings.teacher, hashes, kept)
+    family = _load(kept)
     table = embed_prompts(family, prompts.texts, getattr(torch, config.dtype), settings.max_embedding_gb)
     drop_text_encoders(family)
     roles = Roles(family.transformer, config)
@@ -48,13 +62,13 @@ def train(settings: DistilSettings, recipe: str, prompts: Prompts) -> int:
 
     def export(done: int) -> None:
         provenance = StudentProvenance(
-            teacher=f"{settings.teacher.resolve().name} (transformer sha256 {identity['teacher_sha256'][:12]})",
+            teacher=f"{settings.teacher.resolve().name} (transformer sha256 {hashes.transformer[:12]})",
             recipe=recipe,
             config_sha256=config_sha256(config.model_dump(mode="json")),
             steps_trained=done,
             licences=licences,
         )
-        write_student(settings.teacher, settings.out / "student", roles.ema.average, provenance)
+        write_student(kept, settings.out / "student", roles.ema.average, provenance)
 
     def after(done: int) -> None:
         if settings.sample_every and (done % settings.sample_every == 0 or done == config.steps):
@@ -91,6 +105,16 @@ def drop_text_encoders(family: Family) -> None:
     """Free the text encoders' memory: every prompt is embedded. The family can encode no more."""
     for module in family.text_modules().values():
         module.to("meta")
+
+
+def _same_teacher(settings: DistilSettings, hashes: TeacherHashes) -> None:
+    kept = settings.out / "teacher"
+    begun = checkpoint.latest(settings.out / "checkpoints") is not None
+    if begun and kept.is_dir() and TeacherHashes.of(kept) != hashes:
+        raise TrainingError(
+            f"--teacher={settings.teacher} (teacher_sha256 {hashes.transformer[:12]}) is not, or no longer, what "
+            f"{settings.out} distils; go on with the copy kept there, --teacher {kept}, or use another --out"
+        )
 
 
 def _load(folder: Path) -> Family:

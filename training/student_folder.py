@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from engines.families.base import load_family
+from engines.files import replace_folder, sha256_file, sha256_files, write_text_atomically
 from training.errors import TrainingError
 
 PROVENANCE = "provenance.json"
@@ -31,22 +32,65 @@ class StudentProvenance:
     licences: Sequence[str] = ()
 
 
-def teacher_sha256(folder: Path) -> str:
-    """Hash of the transformer's weights.
+@dataclass(frozen=True)
+class TeacherHashes:
+    """What tells teachers apart."""
+
+    transformer: str
+    """Of the transformer's weights alone."""
+    components: str
+    """Of every file that `keep_teacher` copies."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """Read them all.
+
+        Raises:
+            TrainingError: the folder has no safetensors transformer, or lacks a component.
+        """
+        files = sorted((folder / "transformer").glob("*.safetensors"))
+        if not files:
+            raise TrainingError(
+                f"{folder} has no transformer/*.safetensors; --teacher takes a local diffusers folder"
+            )
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(bytes.fromhex(sha256_file(file)))
+        return cls(digest.hexdigest(), sha256_files(folder, _component_files(folder)))
+
+
+def _component_files(folder: Path) -> list[Path]:
+    """The index, and all files of the components that it names: weights, configurations, tokenizers, scheduler."""
+    index = folder / "model_index.json"
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8")).items()
+    except (OSError, ValueError, AttributeError) as error:
+        raise TrainingError(
+            f"{index} cannot be read ({error}); --teacher takes a local diffusers folder"
+        ) from error
+    names = [name for name, entry in entries if isinstance(entry, list) and entry[0] is not None]
+    return [index, *(path for name in names for path in sorted((folder / name).rglob("*")) if path.is_file())]
+
+
+def keep_teacher(teacher: Path, hashes: TeacherHashes, kept: Path) -> None:
+    """Copy the model in `teacher` to `kept`, unless it is there: a student is written around its teacher's text
+    encoders and autoencoder, which must be those it was trained with, whatever becomes of `teacher` meanwhile.
 
     Raises:
-        TrainingError: the folder has no safetensors transformer.
+        TrainingError: `teacher` is not what `hashes` says: it was replaced while it was copied.
     """
-    files = sorted((folder / "transformer").glob("*.safetensors"))
-    if not files:
-        raise TrainingError(
-            f"{folder} has no transformer/*.safetensors; --teacher takes a local diffusers folder"
-        )
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+    if kept.is_dir() and TeacherHashes.of(kept) == hashes:
+        return
+    partial = kept.with_name(f".{kept.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for file in _component_files(teacher):
+        copy = partial / file.relative_to(teacher)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    if TeacherHashes.of(partial) != hashes:
+        shutil.rmtree(partial)
+        raise TrainingError(f"--teacher={teacher} changed while it was copied; run the same command again")
+    replace_folder(partial, kept)
 
 
 def teacher_licences(folder: Path) -> tuple[str, ...]:
@@ -71,7 +115,7 @@ def write_student(
 ) -> None:
     """Write `folder` as the teacher's folder with `weights` (float32, by parameter name) in its transformer.
 
-    A student that was there stays whole until the new one is.
+    A student that was there stays whole until the new one is; its recorded metrics stay if it is the same student.
     """
     family = load_family(teacher, torch.float32)
     parameters = dict(family.transformer.named_parameters())
@@ -79,12 +123,44 @@ def write_student(
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     family.save(partial, family.transformer)
-    (partial / PROVENANCE).write_text(json.dumps(asdict(provenance), indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    document = json.loads(json.dumps(asdict(provenance)))
+    if (folder / PROVENANCE).is_file():
+        before = read_recorded(folder)
+        if {**before, "metrics": {}} == {**document, "metrics": {}}:
+            document["metrics"] = before["metrics"] | document["metrics"]
+    (partial / PROVENANCE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    replace_folder(partial, folder)
+
+
+def record_metrics(folder: Path, name: str, value: Any) -> None:
+    """Put a measurement into the `metrics` of the folder's `provenance.json`, in place of one of the same name.
+
+    Raises:
+        TrainingError: there is no such file, or another thing in it.
+    """
+    path = folder / PROVENANCE
+    document = read_recorded(folder)
+    document["metrics"][name] = value
+    write_text_atomically(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_recorded(folder: Path) -> dict[str, Any]:
+    """`provenance.json` of a trained model, with its `metrics`.
+
+    Raises:
+        TrainingError: there is no such file, or another thing in it.
+    """
+    path = folder / PROVENANCE
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document.setdefault("metrics", {}), dict):
+            raise TypeError("its metrics are no object")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise TrainingError(
+            f"{path} cannot take a measurement ({error}); record one of a folder that cdm-train wrote, or leave "
+            "--record out"
+        ) from error
+    return document

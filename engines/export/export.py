@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from engines.bundle import (
     FORMAT_VERSION,
     MANIFEST,
+    PROVENANCE,
     Component,
     Latent,
     Manifest,
@@ -53,17 +54,15 @@ from engines.export.parity import (
     BATCHES,
     EXAMPLE_BATCH,
     Arrays,
-    Tolerance,
     compare,
     open_session,
     probes,
     run_onnx,
     run_torch,
 )
+from engines.export.tolerance import Tolerance
 from engines.families.base import Family, FamilyError, load_family
-
-PROVENANCE = "provenance.json"
-"""What training leaves in a student folder: the fields of `Provenance` but `tools`."""
+from engines.files import replace_folder
 
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -123,7 +122,7 @@ def export_bundle(
         manifest = _write_bundle(family, student, staging, options, progress)
         load_bundle(staging)
         size = sum(path.stat().st_size for path in staging.rglob("*"))
-        _replace(staging, out)
+        replace_folder(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return ExportReport(manifest=manifest, bytes=size)
@@ -274,19 +273,3 @@ def read_provenance(student: Path) -> Provenance:
     except (ValueError, TypeError) as error:
         first = str(error).splitlines()
         raise ExportError(f"{path} is invalid: {' '.join(line.strip() for line in first[:3])}") from error
-
-
-def _replace(staging: Path, out: Path) -> None:
-    """Put `staging` at `out`; a bundle that was there stays whole until the new one is."""
-    if not out.exists():
-        staging.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    out.rename(old / "bundle")
-    try:
-        staging.rename(out)
-    except OSError:
-        (old / "bundle").rename(out)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)

@@ -12,8 +12,8 @@ from pydantic_settings import CliPositionalArg
 
 from engines.bundle import Manifest, Size
 from engines.cli import CommandSettings, run_command
-from engines.export.export import ExportOptions, ExportReport, export_bundle
-from engines.export.parity import Tolerance
+from engines.commands import importing
+from engines.export.tolerance import Tolerance
 
 EPILOG = """
 cdm-export runs/student --out bundles/student
@@ -73,7 +73,15 @@ def parity_table(manifest: Manifest) -> str:
 
 
 def export(settings: ExportSettings) -> int:
-    """Export and print the parity table."""
+    """Export and print the parity table.
+
+    Raises:
+        UsageError: a package of the `train` extra is not installed.
+        ExportError: there is nothing to export, or no bundle came of it.
+    """
+    with importing("cdm-export", "train"):  # not above: --help and mistakes need no torch
+        from engines.export.export import ExportOptions, export_bundle
+
     options = ExportOptions(
         name=settings.name,
         default_steps=settings.default_steps,
@@ -82,7 +90,7 @@ def export(settings: ExportSettings) -> int:
         seed=settings.seed,
         tolerance=Tolerance(stored=settings.tolerance_stored, original=settings.tolerance_original),
     )
-    report: ExportReport = export_bundle(
+    report = export_bundle(
         settings.student, settings.out, options, progress=lambda text: print(f"… {text}", file=sys.stderr)
     )
     print(parity_table(report.manifest))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, dtype: torch.dtype) -> Family:
-        """Load every component from a local diffusers folder (safetensors only)."""
+        """Load every component from a local diffusers folder, or a hub id (safetensors only)."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -104,13 +105,21 @@ FAMILIES: dict[str, str] = {
 """Pipeline class → `module:class`. A new family is one file and one line here."""
 
 
+INDEX = "model_index.json"
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
+
+
 def load_family(folder: Path, dtype: torch.dtype = torch.float32) -> Family:
     """Load a diffusers folder by the pipeline class that its `model_index.json` names.
 
+    Where there is no such folder, `folder` may be a model's id on the Hugging Face hub, such as
+    `stabilityai/stable-diffusion-3-medium-diffusers`; a local folder never asks the network.
+
     Raises:
-        FamilyError: no such folder or index, a pipeline of no known family, or a missing component.
+        FamilyError: no such folder or index, a hub that cannot be reached, a pipeline of no known family, or a missing
+            component.
     """
-    index = folder / "model_index.json"
+    index = _find_index(folder)
     try:
         class_name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -122,3 +131,19 @@ def load_family(folder: Path, dtype: torch.dtype = torch.float32) -> Family:
     module_name, family_name = FAMILIES[class_name].split(":")
     family: type[Family] = getattr(importlib.import_module(module_name), family_name)
     return family.load(folder, dtype)
+
+
+def _find_index(folder: Path) -> Path:
+    hub_id = folder.as_posix()
+    if folder.exists() or not HUB_ID.fullmatch(hub_id):
+        return folder / INDEX
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(hub_id, INDEX))
+    except Exception as error:  # the hub's, its HTTP client's and the cache's errors share no base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise FamilyError(
+            f"there is no folder {hub_id}, and the hub's model {hub_id!r} cannot be had ({reason}); name a local "
+            "diffusers folder, or download the model once with a connection (and `hf auth login` where it asks for one)"
+        ) from error

@@ -88,10 +88,9 @@ class SD3Family(Family):
         Raises:
             FamilyError: a component is missing or unreadable, named by diffusers' own message.
         """
-        source = str(folder)
+        source, local = folder.as_posix(), folder.is_dir()
         try:
-            index = StableDiffusion3Pipeline.load_config(source)
-            local = Path(source).is_dir()
+            index = StableDiffusion3Pipeline.load_config(source, local_files_only=local)
             if missing := [name for name in _components(index) if local and not (folder / name).is_dir()]:
                 raise FamilyError(f"{folder} lacks {', '.join(missing)}, which its model_index.json names")
             absent = {
@@ -99,14 +98,14 @@ class SD3Family(Family):
             }
             with _quiet():
                 pipeline = StableDiffusion3Pipeline.from_pretrained(
-                    source, dtype=dtype, use_safetensors=True, **absent
+                    source, dtype=dtype, use_safetensors=True, local_files_only=local, **absent
                 )
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise FamilyError(f"{folder} cannot be loaded as {cls.pipeline_class}: {error}") from error
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.eval().requires_grad_(False)
-        return cls(pipeline, Path(folder))
+        return cls(pipeline, folder)
 
     # text
 

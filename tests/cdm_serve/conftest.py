@@ -24,11 +24,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture
 def serve(bundle: Bundle) -> Iterator[Callable[..., App]]:
-    """Start an app with some settings; all are stopped at the end of the test, their gates opened."""
+    """Start an app with some settings; all are stopped at the end of the test, their gates opened.
+
+    `before` is done to the app before it starts to warm up.
+    """
     with ExitStack() as stack:
 
-        def start(ready: bool = True, **settings: Any) -> App:
+        def start(ready: bool = True, before: Callable[[App], None] = lambda _: None, **settings: Any) -> App:
             app = App(bundle, Gate(), **settings)
+            before(app)
             stack.enter_context(app.client)
             stack.callback(app.gate.open)
             if ready:

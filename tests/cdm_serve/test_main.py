@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -29,19 +30,26 @@ import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "torchvision", "diffusers", "transformers"):
-            raise ImportError(f"{name} is blocked")
+        if name.split(".")[0] in ("torch", "torchvision", "diffusers", "transformers", "onnx", "onnxscript"):
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 sys.meta_path.insert(0, Refuse())
-from cdm_serve.main import main
-raise SystemExit(main(["--engine", "fake", "--port", "0", "--max-batch", "2"]))
 """
+SERVE = BLOCKED + "from cdm_serve.main import main\nraise SystemExit(main(sys.argv[1:]))"
+EXPORT = BLOCKED + "from engines.export.main import main\nraise SystemExit(main(sys.argv[1:]))"
 
 
-def test_server_starts_serves_and_stops_without_torch() -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CDM_")}
-    command = [sys.executable, "-c", BLOCKED]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("CDM_")}
+
+
+@pytest.mark.parametrize("engine", ["fake", "onnxruntime", "openvino"])
+def test_server_starts_serves_and_stops_without_torch(engine: str, request: pytest.FixtureRequest) -> None:
+    flags = ["--engine", engine, "--port", "0", "--max-batch", "2"]
+    if engine != "fake":
+        flags += ["--threads", "1", "--bundle", str(request.getfixturevalue("tiny_bundle").root)]
+    command = [sys.executable, "-c", SERVE, *flags]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
             lines = iter(process.stderr.readline, "")
@@ -53,10 +61,81 @@ def test_server_starts_serves_and_stops_without_torch() -> None:
             response = httpx.post(f"{found[1]}/generate", json=body, timeout=PATIENCE_S)
             assert response.status_code == 200
             assert read_parameters(response.content)["seed"] == 7
+            assert httpx.get(f"{found[1]}/info").json()["engine"]["runtime"] == engine
             process.send_signal(signal.SIGTERM)
             assert process.wait(PATIENCE_S) == 0
         finally:
             process.kill()
+
+
+def test_export_without_its_packages_shows_help_and_names_the_extra() -> None:
+    def export(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", EXPORT, *arguments]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+        )
+
+    shown = export("--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "--tolerance-stored" in shown.stdout
+    refused = export("a-student", "--out", "a-bundle")
+    assert refused.returncode == 2
+    assert re.fullmatch(
+        r"cdm-export: error: cdm-export needs the package '\w+', which is not installed; "
+        r"pip install 'cdm-serve\[train\]'\n",
+        refused.stderr,
+    )
+
+
+def test_start_that_fails_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bytes:
+        raise OSError("no encoder here")
+
+    monkeypatch.setattr("cdm_serve.service.encode_image", broken)
+    assert main(["--engine", "fake", "--port", "0"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        (["--precision", "bf16"], ["precision=bf16", "fake", "leave it out"]),
+        (["--threads", "2"], ["threads=2", "fake", "leave it out"]),
+        (["--cache-dir", "compiled"], ["cache_dir=compiled", "fake", "leave it out"]),
+    ],
+)
+def test_option_that_the_fake_engine_cannot_follow_is_refused(
+    flags: list[str], fragments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--engine", "fake", "--port", "0", *flags]) == 2
+    error = capsys.readouterr().err
+    assert all(fragment in error for fragment in fragments), error
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "with --host"),
+        (OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address"), "with --host"),
+        (OSError(errno.EACCES, "Permission denied"), "ports below 1024"),
+        (OSError(errno.EADDRINUSE, "Address already in use"), "choose another with --port"),
+    ],
+)
+def test_address_that_cannot_be_had_is_told_with_its_own_remedy(
+    error: OSError, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> socket.socket:
+        raise error
+
+    monkeypatch.setattr(socket, "create_server", refuse)
+    assert main(["--engine", "fake", "--port", "80"]) == 2
+    told = capsys.readouterr().err
+    assert f"--host=127.0.0.1 --port=80: {error.strerror}; " in told
+    assert remedy in told
+
+
+def test_host_of_no_machine_is_told_as_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--engine", "fake", "--port", "0", "--host", "256.0.0.1.2"]) == 2
+    assert "with --host" in capsys.readouterr().err
 
 
 def test_engine_setting_offers_every_runtime() -> None:
@@ -68,6 +147,27 @@ def test_dry_run_prints_what_would_run_and_serves_nothing(capsys: pytest.Capture
     assert main(["--engine", "fake", "--port", "1234", "--dry-run"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["engine"], shown["port"], shown["max_batch"]) == ("fake", 1234, 8)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("flag", ["--dry-run", "--help"])
+def test_reader_that_leaves_early_ends_it_quietly(flag: str, unbuffered: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        command = [sys.executable, "-m", "cdm_serve.main", flag]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**environment(), "PYTHONUNBUFFERED": unbuffered},
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_flag_wins_over_variable_and_variable_over_default(

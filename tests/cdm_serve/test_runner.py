@@ -271,6 +271,27 @@ def test_failed_warm_up_answers_instead_of_hanging(bench: Callable[..., Bench]) 
     assert isinstance(b.replied(1)[2], Unavailable)
 
 
+def test_failure_after_the_stop_was_taken_in_ends_the_thread(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(max_batch=1)
+    b.gate.close()
+    b.runner.submit([b.picture("cat", 1, 2), b.picture("cat", 2, 2)])
+    b.gate.wait()
+    b.runner.stop(PATIENCE_S)
+
+    def broken(now: float) -> None:
+        assert b.runner._deadline is not None  # the stop is taken in at the next step edge
+        raise RuntimeError("the policy broke")
+
+    monkeypatch.setattr(b.runner._scheduler, "schedule", broken)
+    b.gate.open()
+    b.runner._thread.join(PATIENCE_S)
+    assert not b.runner._thread.is_alive()
+    assert all(isinstance(outcome, Unavailable) for outcome in b.replied(2).values())
+    assert "the policy broke" in str(b.runner.failure)
+
+
 def test_spans_are_real_and_add_up(bench: Callable[..., Bench]) -> None:
     b = bench()
     picture = b.picture("cat", 1, 4)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.cdm_serve.helpers import App, error_of
+from tests.cdm_serve.helpers import PATIENCE_S, App, error_of
 
 CAT = {"prompt": "cat", "seed": 1, "steps": 4}
 JSON = {"content-type": "application/json"}
@@ -207,25 +207,32 @@ def test_stop_out_of_time_answers_503(serve: Callable[..., App]) -> None:
 
 
 def test_ready_only_after_warm_up_and_requests_before_it_wait(serve: Callable[..., App]) -> None:
-    app = serve(ready=True)
-    assert app.client.get("/readyz").text == "ready\n"
-    app.service.runner.ready.clear()  # as it is while warming up
+    app = serve(ready=False, before=lambda app: app.gate.close("encode"))
+    app.gate.wait()  # in the warm-up of batch 1
     response = app.client.get("/readyz")
     assert response.status_code == 503
     assert "warming up" in error_of(response)["message"]
     assert app.client.get("/livez").status_code == 200
-    assert app.client.post("/generate", json=CAT).status_code == 200
+    with ThreadPoolExecutor(1) as pool:
+        early = pool.submit(app.client.post, "/generate", json=CAT)
+        app.wait_until(lambda: app.service.permits.in_use == 1)
+        assert app.client.get("/readyz").status_code == 503
+        app.gate.open()
+        assert early.result().status_code == 200
+    assert app.service.runner.ready.wait(PATIENCE_S)
+    assert app.client.get("/readyz").text == "ready\n"
 
 
 def test_broken_engine_is_neither_live_nor_ready(serve: Callable[..., App]) -> None:
-    app = serve()
-    app.service.runner.failure = "the engine stopped working: gone; the server must be restarted"
+    app = serve(ready=False, before=lambda app: app.engine.fail("decode"))
+    app.wait_until(lambda: app.service.runner.failure is not None)
     for response in (
         app.client.get("/livez"),
         app.client.get("/readyz"),
         app.client.post("/generate", json=CAT),
     ):
         assert response.status_code == 503
+        assert "told to fail" in error_of(response)["message"]
         assert "restarted" in error_of(response)["message"]
 
 

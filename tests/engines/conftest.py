@@ -1,25 +1,13 @@
-"""A tiny student and its bundle, built and exported once for all engine tests."""
+"""The tiny student and its bundle, under the names that engine tests use."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from engines.bundle import Bundle, Size, load_bundle
-from engines.export.export import PROVENANCE, ExportOptions, export_bundle
-from tests.tiny_sd3 import build_tiny_sd3
-
-PROVENANCE_DOCUMENT = {
-    "teacher": "tiny-teacher",
-    "recipe": "tiny-cdm",
-    "config_sha256": "ab" * 32,
-    "steps_trained": 2,
-    "metrics": {"alignment": 0.5},
-    "licences": ["MIT"],
-}
+from engines.bundle import Bundle
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,15 +17,10 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = build_tiny_sd3(tmp_path_factory.mktemp("student") / "tiny")
-    (folder / PROVENANCE).write_text(json.dumps(PROVENANCE_DOCUMENT), encoding="utf-8")
-    return folder
+def student(tiny_student: Path) -> Path:
+    return tiny_student
 
 
 @pytest.fixture(scope="session")
-def bundle(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Two sizes, so that the latent's sides vary too; the second has an odd number of patches on both sides."""
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle(student, out, ExportOptions(sizes=(Size(width=64, height=64), Size(width=80, height=48))))
-    return load_bundle(out)
+def bundle(tiny_bundle: Bundle) -> Bundle:
+    return tiny_bundle

@@ -14,9 +14,9 @@ from diffusers.models.embeddings import PatchEmbed
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from engines.bundle import Bundle, BundleError, Parity, load_bundle
+from engines.bundle import PROVENANCE, Bundle, BundleError, Parity, load_bundle
 from engines.errors import ExportError
-from engines.export.export import PROVENANCE, ExportOptions, export_bundle, read_provenance
+from engines.export.export import ExportOptions, export_bundle, read_provenance
 from engines.export.graphs import exportable
 from engines.export.main import main
 from engines.export.onnx_file import (
@@ -27,9 +27,10 @@ from engines.export.onnx_file import (
     store_weights_as_float16,
     to_onnx,
 )
-from engines.export.parity import BATCHES, EXAMPLE_BATCH, Tolerance, open_session
+from engines.export.parity import BATCHES, EXAMPLE_BATCH, open_session
+from engines.export.tolerance import Tolerance
 from engines.families.base import load_family
-from tests.engines.conftest import PROVENANCE_DOCUMENT
+from tests.conftest import PROVENANCE_DOCUMENT
 
 
 def test_manifest_binds_what_the_student_says(bundle: Bundle, student: Path) -> None:

@@ -6,11 +6,13 @@ import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from engines.families.base import FamilyError, load_family
 from engines.families.sd3 import SD3Family
@@ -119,3 +121,53 @@ def test_unknown_pipeline_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}), encoding="utf-8")
     with pytest.raises(FamilyError, match="'OtherPipeline'; families known here: StableDiffusion3Pipeline"):
         load_family(tmp_path)
+
+
+def test_id_of_no_folder_is_asked_of_the_hub(
+    student: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The download and diffusers' own loader are stood in for by a local folder: no test has a network."""
+    monkeypatch.chdir(tmp_path)
+    asked: list[tuple[str, object]] = []
+
+    def download(repo: str, file: str) -> str:
+        asked.append((repo, file))
+        return str(student / file)
+
+    load_config, from_pretrained = (
+        StableDiffusion3Pipeline.load_config, StableDiffusion3Pipeline.from_pretrained
+    )  # fmt: skip
+
+    def resolved(load: Any) -> Any:
+        def call(source: str, **options: Any) -> Any:
+            if source != "someone/a-model":  # diffusers' own calls from within
+                return load(source, **options)
+            asked.append((source, options.pop("local_files_only")))
+            return load(str(student), **options)
+
+        return call
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(StableDiffusion3Pipeline, "load_config", resolved(load_config))
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", resolved(from_pretrained))
+    family = load_family(Path("someone/a-model"))
+    assert asked == [("someone/a-model", "model_index.json"), *[("someone/a-model", False)] * 2]
+    assert isinstance(family, SD3Family)
+
+    asked.clear()
+    shutil.copytree(student, tmp_path / "someone" / "a-model")
+    load_family(Path("someone/a-model"))
+    assert asked == [("someone/a-model", True)] * 2  # a folder of that name is local, and asks nobody
+
+
+def test_hub_that_cannot_be_reached_is_told_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def offline(*_: object) -> str:
+        raise LocalEntryNotFoundError("Cannot find the requested files in the disk cache.\nMore.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    with pytest.raises(FamilyError, match=r"no folder a/b, and the hub's model 'a/b' .*name a local") as told:
+        load_family(Path("a/b"))
+    assert "\n" not in str(told.value)

@@ -12,8 +12,9 @@ from PIL import Image
 
 from engines.families.base import load_family
 from training.config import CDMConfig
+from training.errors import TrainingError
 from training.main import main
-from training.recipes import EmojiCDMSettings, SD3CDMSettings, emoji_cdm, sd3_cdm
+from training.recipes import EmojiCDMSettings, emoji_cdm, sd3_cdm
 from training.run import config_sha256
 
 SMALL = (
@@ -97,6 +98,10 @@ def test_a_grid_shows_fixed_prompts_at_one_two_and_four_steps(run):
 
 
 def test_the_same_command_again_changes_nothing(run, teacher, prompts):
+    from training.student_folder import record_metrics
+
+    record_metrics(run / "student", "evaluate", {"rows": [1]})
+    provenance = json.loads((run / "student" / "provenance.json").read_text())
     log = (run / "log.jsonl").read_text()
     weights = (run / "student" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert (
@@ -105,6 +110,7 @@ def test_the_same_command_again_changes_nothing(run, teacher, prompts):
     )
     assert (run / "log.jsonl").read_text() == log
     assert (run / "student" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
+    assert json.loads((run / "student" / "provenance.json").read_text()) == provenance
     assert not list(run.glob(".student*"))
 
 
@@ -120,6 +126,51 @@ def test_another_teachers_weights_are_refused_in_the_same_folder(run, teacher, p
         == 2
     )
     assert "teacher_sha256" in capsys.readouterr().err
+
+
+def test_a_student_keeps_the_text_encoders_and_autoencoder_it_was_trained_with(
+    teacher, prompts, tmp_path, capsys
+):
+    from safetensors.torch import load_file, save_file
+
+    source, out = tmp_path / "tiny", tmp_path / "out"
+    shutil.copytree(teacher, source)
+    vae = Path("vae") / "diffusion_pytorch_model.safetensors"
+    before = load_file(source / vae)
+
+    def command(folder: Path, *more: str) -> list[str]:
+        return [
+            "emoji-cdm",
+            "--teacher",
+            str(folder),
+            "--prompts",
+            str(prompts),
+            "--out",
+            str(out),
+            *SMALL,
+            *more,
+        ]
+
+    assert main(command(source, "--steps", "2")) == 0
+    save_file({name: value + 1 for name, value in before.items()}, source / vae)  # another model in its place
+    assert main(command(source)) == 2
+    assert f"--teacher {out / 'teacher'}" in capsys.readouterr().err
+    assert main(command(out / "teacher")) == 0
+    written = load_file(out / "student" / vae)
+    assert written.keys() == before.keys()
+    assert all(torch.equal(written[name], before[name]) for name in before)
+
+
+def test_a_teacher_that_changes_while_it_is_copied_is_refused(teacher, tmp_path):
+    from training.student_folder import TeacherHashes, keep_teacher
+
+    source = tmp_path / "tiny"
+    shutil.copytree(teacher, source)
+    hashes = TeacherHashes.of(source)
+    (source / "vae" / "config.json").write_text("{}")
+    with pytest.raises(TrainingError, match="changed while it was copied"):
+        keep_teacher(source, hashes, tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 @pytest.mark.parametrize(
@@ -143,9 +194,8 @@ def test_a_mistake_is_one_clear_line_and_leaves_nothing(teacher, prompts, tmp_pa
 
 
 def test_a_recipes_values_are_its_commands_defaults():
-    for recipe, settings in ((emoji_cdm, EmojiCDMSettings), (sd3_cdm, SD3CDMSettings)):
-        defaults = {name: info.default for name, info in settings.model_fields.items()}
-        assert recipe().model_dump().items() <= defaults.items()
+    defaults = {name: info.default for name, info in EmojiCDMSettings.model_fields.items()}
+    assert emoji_cdm().model_dump().items() <= defaults.items()
 
 
 def test_the_sd3_recipe_is_the_published_one():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from training.ema import EMA
+from training.errors import TrainingError
+from training.optim import MixedPrecision
 
 
 def test_the_decay_warms_up_as_the_authors_does():
@@ -46,3 +49,20 @@ def test_a_loaded_average_goes_on_where_it_was():
     first.update(source)
     second.update(source)
     assert torch.equal(first.average["w"], second.average["w"])
+
+
+@pytest.mark.parametrize("saved", [{"weight": (2, 3)}, {"weight": (2, 3), "bias": (2,), "more": (1,)}])
+def test_tensors_of_another_model_are_refused_and_change_nothing(saved):
+    model = torch.nn.Linear(3, 2)
+    mixed = MixedPrecision(model, torch.bfloat16)
+    ema = EMA(mixed.masters, 0.9)
+    before = mixed.masters["weight"].clone()
+    other = {name: torch.full(shape, 7.0) for name, shape in saved.items()}
+    with pytest.raises(TrainingError, match="in one of them only"):
+        mixed.load(other)
+    with pytest.raises(TrainingError, match="in one of them only"):
+        ema.load(other, 1)
+    with pytest.raises(TrainingError, match=r"weight is \(1, 3\), this model's is \(2, 3\)"):
+        mixed.load({"weight": torch.ones(1, 3), "bias": torch.ones(2)})
+    assert torch.equal(mixed.masters["weight"], before)
+    assert torch.equal(ema.average["weight"], before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from training.errors import TrainingError
 from training.evalset import Scorer, choose, pictures
 from training.evaluator import Evaluator
 from training.main import main
-from training.samples import PROMPTS, held_out, read_prompts
+from training.prompts import read_prompts
+from training.samples import PROMPTS, held_out
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,32 @@ def test_evaluate_prints_a_table_then_one_json_line_and_writes_it(
     real, blank = last["rows"][0]["scores"]["overall"], made[0]["scores"]["overall"]
     assert real["frechet"] < blank["frechet"]
     assert real["alignment"] > blank["alignment"]
+
+
+def test_a_recorded_result_reaches_the_provenance_that_export_reads(
+    tiny_model, tiny_data, tiny_evaluator, tmp_path, capsys
+):
+    from engines.export.export import read_provenance
+
+    model = tmp_path / "tiny"
+    shutil.copytree(tiny_model, model)
+    (model / "provenance.json").unlink(missing_ok=True)
+    short = ("--no-baselines", "--steps", "1", "--record")
+    assert run(model, tiny_data, tiny_evaluator, *short) == 2
+    assert "leave --record out" in capsys.readouterr().err
+    known = {
+        "teacher": "t",
+        "recipe": "r",
+        "config_sha256": "c",
+        "steps_trained": 3,
+        "metrics": {"samples": 7},
+    }
+    (model / "provenance.json").write_text(json.dumps(known))
+    assert run(model, tiny_data, tiny_evaluator, *short) == 0
+    printed = json.loads(capsys.readouterr().out.rstrip().splitlines()[-1])
+    provenance = read_provenance(model)
+    assert provenance.metrics == {"samples": 7, "evaluate": printed}
+    assert (provenance.teacher, provenance.steps_trained) == ("t", 3)
 
 
 def test_the_same_command_measures_the_same_numbers(tiny_model, tiny_data, tiny_evaluator, capsys):
@@ -159,14 +187,14 @@ def test_held_out_prompts_are_looked_up_in_the_dataset(data):
 
 def test_an_empty_or_missing_prompts_file_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
-    with pytest.raises(TrainingError, match="has no prompts; write one per line"):
+    with pytest.raises(TrainingError, match="holds no prompts; put at least one in it"):
         read_prompts(tmp_path / "empty.txt")
     with pytest.raises(TrainingError, match="cannot be read"):
         read_prompts(tmp_path / "none.txt")
 
 
 def test_the_prompts_that_ship_are_24_of_many_kinds():
-    prompts = read_prompts(PROMPTS)
+    prompts = read_prompts(PROMPTS).texts
     assert len(set(prompts)) == len(prompts) == 24
 
 

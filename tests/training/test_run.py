@@ -37,7 +37,13 @@ def log_lines(folder: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
-def go(folder: Path, total: int = 6, die_at: int | None = None, stop_at: int | None = None) -> float:
+def go(
+    folder: Path,
+    total: int = 6,
+    die_at: int | None = None,
+    stop_at: int | None = None,
+    by: int = signal.SIGTERM,
+) -> float:
     run, state = Run(folder, {"lr": 1}, total, save_minutes=0), Counter()
     for step in run.steps(run.resume(state), state):
         if step == die_at:
@@ -45,7 +51,7 @@ def go(folder: Path, total: int = 6, die_at: int | None = None, stop_at: int | N
         state.value += torch.rand(1, generator=generator(0, step))
         run.log(step, every=1, value=float(state.value))
         if step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), by)
     return float(state.value)
 
 
@@ -57,10 +63,13 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
 
 
-def test_a_termination_signal_saves_and_stops_after_the_step(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopping_signal_saves_and_stops_after_the_step_and_is_told_by_the_exit_code(
+    tmp_path, number, code
+):
     with pytest.raises(SystemExit) as stopped:
-        go(tmp_path, stop_at=2)
-    assert stopped.value.code == 0
+        go(tmp_path, stop_at=2, by=number)
+    assert stopped.value.code == code
     assert checkpoint.latest(tmp_path / "checkpoints").step == 3
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     go(tmp_path)
@@ -85,13 +94,28 @@ def test_a_finished_run_does_nothing_more_and_a_longer_one_goes_on(tmp_path):
 
 
 def test_another_runs_folder_is_refused_by_name_and_value(tmp_path):
-    Run(tmp_path, {"lr": 1e-4, "steps": 5}, 5)
+    Run(tmp_path, {"lr": 1e-4, "steps": 5}, 5).save(1, Counter())
     with pytest.raises(TrainingError, match=r"lr=0.1 \(there: 0.0001\)"):
         Run(tmp_path, {"lr": 0.1, "steps": 5}, 5)
 
 
+def test_a_start_that_came_to_no_checkpoint_binds_nothing(tmp_path):
+    Run(tmp_path, {"lr": 100.0}, 5)
+    assert not Run(tmp_path, {"lr": 0.1}, 5).started
+    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 0.1}
+
+
+def test_a_hash_that_was_not_recorded_binds_from_now_on(tmp_path):
+    Run(tmp_path, {"lr": 1}, 5).save(1, Counter())
+    with pytest.raises(TrainingError, match="seed=3"):
+        Run(tmp_path, {"lr": 1, "seed": 3}, 5)
+    Run(tmp_path, {"lr": 1, "data_sha256": "a"}, 5)
+    with pytest.raises(TrainingError, match="data_sha256='b'"):
+        Run(tmp_path, {"lr": 1, "data_sha256": "b"}, 5)
+
+
 def test_free_settings_may_change(tmp_path):
-    Run(tmp_path, {"lr": 1e-4, "steps": 5}, 5)
+    Run(tmp_path, {"lr": 1e-4, "steps": 5}, 5).save(1, Counter())
     Run(tmp_path, {"lr": 1e-4, "steps": 9}, 9, free=("steps",))
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 9
 

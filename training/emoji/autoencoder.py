@@ -6,6 +6,7 @@ colours, with a little noise on the latents so that small errors of a generator 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import torch
 from diffusers import AutoencoderTiny
 from numpy.typing import NDArray
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
 from engines.cli import CommandSettings
+from engines.files import replace_folder, sha256_files
 from training import checkpoint
 from training.ema import EMA
 from training.emoji.dataset import EmojiDataset
@@ -46,11 +49,54 @@ class AutoencoderSettings(CommandSettings, env_prefix="CDM_AUTOENCODER_"):
     threads: int = Field(1, ge=1, description="CPU threads")
 
 
+def load_autoencoder(folder: Path, flag: str) -> AutoencoderTiny:
+    """A trained autoencoder; nothing pickled is read.
+
+    Raises:
+        TrainingError: no such folder, or another thing in it; `flag` is named.
+    """
+    try:
+        if not (folder / "config.json").is_file():  # diffusers would take the path for a hub's name
+            raise FileNotFoundError("it has no config.json")
+        loaded: AutoencoderTiny = AutoencoderTiny.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(
+            f"{flag}={folder} is not an autoencoder folder ({error}); run cdm-train emoji-autoencoder first"
+        ) from error
+    return loaded
+
+
+def autoencoder_sha256(folder: Path, flag: str) -> str:
+    """Hash of weights and configuration (the latents' scale is part of it).
+
+    Raises:
+        TrainingError: there are no weights; `flag` is named.
+    """
+    files = [*folder.glob("*.safetensors"), *folder.glob("config.json")]
+    if len(files) < 2:
+        raise TrainingError(
+            f"{flag}={folder} is not an autoencoder folder (it lacks config.json or *.safetensors); run cdm-train "
+            "emoji-autoencoder first"
+        )
+    return sha256_files(folder, files)
+
+
 def build_model(settings: AutoencoderSettings) -> AutoencoderTiny:
     """A random-weight autoencoder; no blocks at full resolution, where they cost most and add least."""
     torch.manual_seed(settings.seed)
     if settings.init is not None:
-        loaded: AutoencoderTiny = AutoencoderTiny.from_pretrained(settings.init)
+        loaded = load_autoencoder(settings.init, "--init")
+        for side in ("encoder", "decoder"):
+            asked, there = (
+                getattr(settings, f"{side}_channels"),
+                loaded.config[f"{side}_block_out_channels"][0],
+            )
+            if f"{side}_channels" in settings.model_fields_set and asked != there:
+                raise TrainingError(
+                    f"--{side}-channels={asked} differs from the {there} of --init={settings.init}; leave it out"
+                )
         return loaded
     encoder, decoder = (settings.encoder_channels,) * 4, (settings.decoder_channels,) * 4
     model: AutoencoderTiny = AutoencoderTiny(
@@ -129,10 +175,10 @@ def train(settings: AutoencoderSettings) -> int:
     state = _State(optimizer, mixed, ema)
     run = Run(
         settings.out,
-        settings.model_dump(mode="json"),
+        {**settings.model_dump(mode="json"), "data_sha256": data.sha256()},
         settings.steps,
         save_minutes=2,
-        free=("threads", "out", "steps"),
+        free=("threads", "out", "data", "steps"),
     )
     for step in run.steps(run.resume(state), state):
         rng = numpy_generator(settings.seed, step)
@@ -174,7 +220,10 @@ def _finish(model: AutoencoderTiny, ema: EMA, data: EmojiDataset, settings: Auto
         )
     # The pipeline feeds latents / scaling_factor + shift_factor to the decoder.
     model.register_to_config(scaling_factor=1 / float(latents.std()), shift_factor=float(latents.mean()))
-    model.save_pretrained(settings.out / "vae")
+    partial = settings.out / ".vae.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, safe_serialization=True)
+    replace_folder(partial, settings.out / "vae")
     held = np.asarray(data.indices("heldout_pair"))
     print(
         f"mean |error| on {len(held)} held-out pictures: {round_trip_error(model, data.images, held):.4f} of [-1, 1]"

@@ -9,7 +9,6 @@ data/emoji/NOTICE         licence and attribution per set
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engines.cli import CommandSettings
+from engines.files import replace_folder, sha256_file
 from training.emoji import fetch as source
 from training.emoji.captions import Catalogue
 from training.emoji.dataset import FORMAT_VERSION, Record, read_info
@@ -66,7 +66,7 @@ def build(settings: EmojiDataSettings) -> Path:
         raise DataError(f"sets: {', '.join(unknown)} unknown; choose from {', '.join(source.SETS)}")
     out = settings.out
     if _is_reusable(settings):
-        console.print(f"{out}: complete, same settings: reused (force builds it again)")
+        console.print(f"{out}: complete, same settings: reused (--force builds it again)")
         return out
 
     tarballs = {name: source.fetch(source.SETS[name].package, settings.cache) for name in settings.sets}
@@ -92,7 +92,7 @@ def build(settings: EmojiDataSettings) -> Path:
         (scratch / "NOTICE").write_text(_notice(settings, licences, records), encoding="utf-8")
         info = _info(settings, records, scratch)
         (scratch / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        _publish(scratch, out)
+        replace_folder(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # gone already when all went well
     console.print(f"{out}: {len(records)} pictures, {info['counts']['split']}")
@@ -109,10 +109,12 @@ def _is_reusable(settings: EmojiDataSettings) -> bool:
         return False
     info = read_info(out)
     if info["settings"] != settings.fingerprint():
-        raise DataError(f"{out}: was built with other settings; use force to replace it, or another folder")
+        raise DataError(f"{out}: was built with other settings; use --force to replace it, or another folder")
     for name, expected in info["sha256"].items():
-        if not (out / name).is_file() or source.file_sha256(out / name) != expected:
-            raise DataError(f"{out / name}: missing or sha256 is not {expected}; use force to build it again")
+        if not (out / name).is_file() or sha256_file(out / name) != expected:
+            raise DataError(
+                f"{out / name}: missing or sha256 is not {expected}; use --force to build it again"
+            )
     return True
 
 
@@ -172,7 +174,7 @@ def _info(settings: EmojiDataSettings, records: Sequence[Record], folder: Path) 
             "split": dict(sorted(Counter(record.split for record in records).items())),
             "licence": dict(sorted(Counter(record.licence for record in records).items())),
         },
-        "sha256": {name: source.file_sha256(folder / name) for name in FILES if name != "dataset.json"},
+        "sha256": {name: sha256_file(folder / name) for name in FILES if name != "dataset.json"},
     }
 
 
@@ -191,25 +193,3 @@ def _notice(settings: EmojiDataSettings, licences: dict[str, Licence], records: 
         )
     parts.append(f"Keywords and names: {source.EMOJIBASE.spec} by Miles Johnson, licence MIT\n")
     return "\n".join(parts)
-
-
-def _publish(scratch: Path, out: Path) -> None:
-    """All bytes on disk first, then one rename: a crash leaves the old folder, the new one, or none; never half."""
-    for path in (*(scratch / name for name in FILES), scratch):
-        _fsync(path)
-    if out.exists():
-        old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
-        out.replace(old / "gone")
-        scratch.replace(out)
-        shutil.rmtree(old)
-    else:
-        scratch.replace(out)
-    _fsync(out.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

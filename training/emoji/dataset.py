@@ -8,6 +8,7 @@ data.images[row], caption(data.records[row], rng)     # (128, 128, 3) uint8, "no
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,10 @@ class EmojiDataset:
                 f"{path}: images.npy is {images.dtype} {images.shape}, expected uint8 ({len(records)}, …); {_REMEDY}"
             )
         return cls(images, records, info)
+
+    def sha256(self) -> str:
+        """Of the files' hashes that dataset.json holds: equal data, equal hash, wherever the folder lies."""
+        return hashlib.sha256(json.dumps(self.info.get("sha256", {}), sort_keys=True).encode()).hexdigest()
 
     def indices(self, split: Split) -> NDArray[np.int64]:
         if split not in SPLITS:

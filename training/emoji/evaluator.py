@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engines.cli import CommandSettings
+from engines.files import write_text_atomically
 from training import checkpoint, metrics
 from training.emoji.augment import augment
 from training.emoji.dataset import EmojiDataset
@@ -147,7 +148,7 @@ def build_evaluator(settings: EvaluatorSettings, data: EmojiDataset, config: Eva
             config.vocabulary - 1,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        write_text_atomically(path, tokenizer.to_str(pretty=True))
     torch.manual_seed(settings.seed)
     # torch's stubs know no memory format here.
     model: EvaluatorModel = EvaluatorModel(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -162,7 +163,10 @@ def train(settings: EvaluatorSettings) -> int:
     weights = data.concept_weights(rows)
     config = EvaluatorConfig()
     free = ("threads", "out", "data", "steps")
-    run = Run(settings.out, settings.model_dump(mode="json"), settings.steps, save_minutes=2, free=free)
+    bound = {**settings.model_dump(mode="json"), "data_sha256": data.sha256()}
+    run = Run(settings.out, bound, settings.steps, save_minutes=2, free=free)
+    if not run.started:  # the tokenizer of a start with other data
+        (settings.out / TOKENIZER).unlink(missing_ok=True)
     evaluator = build_evaluator(settings, data, config)
     model = evaluator.model
     matrices = [p for p in model.parameters() if p.ndim >= 2]

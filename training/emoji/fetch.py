@@ -6,7 +6,6 @@ icons = read_icons("noto", tarball)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -15,6 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from engines.files import sha256_file
 
 
 class DataError(Exception):
@@ -102,16 +103,11 @@ EMOJIBASE = Package(
 )
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fetch(package: Package, cache: Path) -> Path:
     """The package's tarball in `cache`, fetched by `npm pack` unless a file with the right hash lies there."""
     target = cache / package.filename
     if target.is_file():
-        got = file_sha256(target)
+        got = sha256_file(target)
         if got == package.sha256:
             return target
         raise DataError(
@@ -144,7 +140,7 @@ def fetch(package: Package, cache: Path) -> Path:
                 f"{package.spec}: npm pack failed (exit {done.returncode}), it said: {said}; "
                 f"check the registry in `npm config get registry`, or put {package.filename} into {cache}"
             )
-        got = file_sha256(fetched)
+        got = sha256_file(fetched)
         if got != package.sha256:
             raise DataError(
                 f"{package.spec}: npm brought a tarball with sha256 {got}, expected {package.sha256}; "

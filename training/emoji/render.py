@@ -31,7 +31,7 @@ def svg_document(icon: Icon) -> str:
 
 def render(icon: Icon, size: int) -> NDArray[np.uint8]:
     """(size, size, 3) uint8 on white. No system fonts: text in an SVG must not depend on the machine."""
-    import resvg_py  # the `data` extra; importing a caption helper must not need it
+    import resvg_py  # the `train` extra; importing a caption helper must not need it
 
     try:
         png = resvg_py.svg_to_bytes(

@@ -22,16 +22,18 @@ from torch import Tensor
 from engines.cli import CommandSettings
 from engines.families.base import load_family
 from engines.families.sd3 import SD3Family
+from engines.files import replace_folder
 from training import checkpoint
 from training.cpu_kernels import cpu_kernels
 from training.ema import EMA
-from training.emoji.autoencoder import encode_images
+from training.emoji.autoencoder import autoencoder_sha256, encode_images, load_autoencoder
 from training.emoji.dataset import EmojiDataset, caption
 from training.emoji.model import ModelConfig, build_pipeline
 from training.emoji.splits import Split
-from training.errors import TrainingError
 from training.grid import sample_grid
+from training.losses import renoise
 from training.optim import MixedPrecision, split_muon, warmup
+from training.rollout import shifted
 from training.run import Run, config_sha256, generator, numpy_generator
 
 
@@ -111,18 +113,12 @@ class Teacher:
 def draw_sigma(count: int, shift: float, random: torch.Generator) -> Tensor:
     """Logit-normal σ in (0, 1), shifted: σ ← shift·σ / (1 + (shift − 1)·σ)."""
     sigma_B = torch.sigmoid(torch.randn(count, generator=random))
-    return shift * sigma_B / (1 + (shift - 1) * sigma_B)
+    return shifted(sigma_B, shift)
 
 
 def prepare(settings: TeacherSettings, data: EmojiDataset) -> tuple[SD3Family, Tensor]:
     """The model folder (built once) and all pictures' scaled latents `(N, C, H, W)` (cached in the run folder)."""
-    from diffusers import AutoencoderTiny
-
-    if not (settings.vae / "config.json").is_file():
-        raise TrainingError(
-            f"--vae={settings.vae} is not an autoencoder folder; run cdm-train emoji-autoencoder first"
-        )
-    vae = AutoencoderTiny.from_pretrained(settings.vae)
+    vae = load_autoencoder(settings.vae, "--vae")
     settings.out.mkdir(parents=True, exist_ok=True)
     cache = settings.out / "latents.npy"
     if not cache.is_file():
@@ -147,12 +143,17 @@ def train(settings: TeacherSettings) -> int:
     """Train and write `OUT/model`, a diffusers folder with `provenance.json`."""
     torch.set_num_threads(settings.threads)
     data = EmojiDataset.load(settings.data)
+    # Folders may move, what is in them may not change: latents and the model's autoencoder are made of it once.
+    inputs = {"data_sha256": data.sha256(), "vae_sha256": autoencoder_sha256(settings.vae, "--vae")}
+    free = ("steps", "cooldown", "threads", "out", "sample_every", "save_minutes", "data", "vae")
+    config = {**settings.model_dump(mode="json"), **inputs}
+    run = Run(settings.out, config, settings.steps, settings.save_minutes, free)
+    if not run.started:  # what a start with other settings left behind
+        (settings.out / "latents.npy").unlink(missing_ok=True)
+        shutil.rmtree(settings.out / "initial", ignore_errors=True)
     family, latents_NCHW = prepare(settings, data)
     teacher = Teacher(family, settings)
     count = sum(p.numel() for p in family.transformer.parameters())
-    free = ("steps", "cooldown", "threads", "out", "sample_every", "save_minutes", "data", "vae")
-    config = settings.model_dump(mode="json")
-    run = Run(settings.out, config, settings.steps, settings.save_minutes, free)
     print(f"transformer: {count / 1e6:.1f} M parameters; {len(data.indices('train'))} training pictures")
     rows_train = np.asarray(data.indices("train"))
     cumulative = np.cumsum(data.concept_weights(rows_train))
@@ -214,8 +215,7 @@ def flow_matching_loss(
     family: SD3Family, x0_BCHW: Tensor, noise_BCHW: Tensor, sigma_B: Tensor, ids: dict[str, Tensor]
 ) -> Tensor:
     """mean |v(x_σ, σ, text) − (ε − x0)|²."""
-    sigma_B111 = sigma_B.view(-1, 1, 1, 1)
-    x_BCHW = (1 - sigma_B111) * x0_BCHW + sigma_B111 * noise_BCHW
+    x_BCHW = renoise(x0_BCHW, noise_BCHW, sigma_B)
     v_BCHW = family.velocity(family.transformer, x_BCHW, sigma_B, family.embed(ids))
     return (v_BCHW - (noise_BCHW - x0_BCHW)).square().mean()
 
@@ -248,5 +248,4 @@ def write_model(family: SD3Family, settings: TeacherSettings, step: int, data: E
         "licences": sorted({f"{r.licence}: {r.attribution}" for r in data.records}),
     }
     (partial / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    replace_folder(partial, target)

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engines.files import sha256_file
 from tests.training.emoji.fake_packages import SET_NAMES, install
 from training.emoji import build as build_module
 from training.emoji import fetch
 from training.emoji.build import EmojiDataSettings, build
 from training.emoji.dataset import EmojiDataset
-from training.emoji.fetch import DataError, file_sha256
+from training.emoji.fetch import DataError
 
 pytest.importorskip("resvg_py")
 
@@ -59,14 +60,14 @@ def test_a_concept_has_one_name_in_every_style(tmp_path: Path) -> None:
 def test_two_builds_are_equal_to_the_byte(tmp_path: Path) -> None:
     one, two = build(settings(tmp_path, "one")), build(settings(tmp_path, "two"))
     for name in build_module.FILES:
-        assert file_sha256(one / name) == file_sha256(two / name), name
+        assert sha256_file(one / name) == sha256_file(two / name), name
 
 
 @pytest.mark.usefixtures("packages")
 def test_hashes_in_dataset_json_are_those_of_the_files(tmp_path: Path) -> None:
     out = build(settings(tmp_path))
     for name, expected in json.loads((out / "dataset.json").read_text())["sha256"].items():
-        assert file_sha256(out / name) == expected
+        assert sha256_file(out / name) == expected
 
 
 @pytest.mark.usefixtures("packages")
@@ -86,7 +87,7 @@ def test_same_settings_are_reused_with_a_line_that_says_so(
 @pytest.mark.usefixtures("packages")
 def test_other_settings_a_damaged_file_or_a_foreign_folder_are_not_overwritten(tmp_path: Path) -> None:
     out = build(settings(tmp_path))
-    with pytest.raises(DataError, match="other settings; use force"):
+    with pytest.raises(DataError, match="other settings; use --force"):
         build(settings(tmp_path, seed=1))
     (out / "NOTICE").write_text("changed")
     with pytest.raises(DataError, match="NOTICE: missing or sha256"):
@@ -111,7 +112,7 @@ def test_a_failed_rebuild_leaves_the_old_folder_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = build(settings(tmp_path))
-    before = {path.name: file_sha256(path) for path in out.iterdir()}
+    before = {path.name: sha256_file(path) for path in out.iterdir()}
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -119,7 +120,7 @@ def test_a_failed_rebuild_leaves_the_old_folder_as_it_was(
     monkeypatch.setattr(build_module, "render", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(settings(tmp_path, force=True))
-    assert {path.name: file_sha256(path) for path in out.iterdir()} == before
+    assert {path.name: sha256_file(path) for path in out.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "emoji"]
 
 

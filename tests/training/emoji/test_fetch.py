@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from training.emoji.fetch import SETS, DataError, Package, fetch, file_sha256, read_icons, read_json
+from engines.files import sha256_file
+from training.emoji.fetch import SETS, DataError, Package, fetch, read_icons, read_json
 
 PACKAGE = Package("@iconify-json/noto", "1.2.9", "0" * 64)
 
@@ -38,7 +39,7 @@ def test_missing_npm_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_wrong_hash_in_the_cache_names_file_got_and_expected(tmp_path: Path) -> None:
     (tmp_path / PACKAGE.filename).write_bytes(b"not it")
-    got = file_sha256(tmp_path / PACKAGE.filename)
+    got = sha256_file(tmp_path / PACKAGE.filename)
     with pytest.raises(DataError, match=rf"noto-1\.2\.9\.tgz: sha256 is {got}, expected 0{{64}}.*delete"):
         fetch(PACKAGE, tmp_path)
 
@@ -61,7 +62,7 @@ def test_good_download_lands_in_the_cache_and_is_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "good").write_bytes(b"good")
-    package = Package(PACKAGE.name, PACKAGE.version, file_sha256(tmp_path / "good"))
+    package = Package(PACKAGE.name, PACKAGE.version, sha256_file(tmp_path / "good"))
     fake_npm(tmp_path / "bin", f'printf good > "$4/{package.filename}"', monkeypatch)
     target = fetch(package, tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [target.name]

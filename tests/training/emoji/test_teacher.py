@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def _settings(data: Path, vae: Path, out: Path, **changes: object) -> teacher.Te
 
 
 def test_autoencoder_scales_latents_to_zero_mean_and_unit_deviation(tiny_data: Path, vae: Path) -> None:
-    model = autoencoder.AutoencoderTiny.from_pretrained(vae)
+    model = autoencoder.load_autoencoder(vae, "--vae")
     data = EmojiDataset.load(tiny_data)
     latents = autoencoder.encode_images(model, data.images, np.asarray(data.indices("train")))
     scaled = (latents - model.config.shift_factor) * model.config.scaling_factor
@@ -88,6 +89,62 @@ def test_another_configuration_in_the_same_folder_is_refused(
     teacher.train(_settings(tiny_data, vae, tmp_path, steps=1, sample_every=0))
     with pytest.raises(TrainingError, match=r"batch=2 \(there: 4\)"):
         teacher.train(_settings(tiny_data, vae, tmp_path, steps=1, sample_every=0, batch=2))
+
+
+def test_other_data_or_another_autoencoder_is_refused_on_resume_whatever_its_folder(
+    tiny_data: Path, vae: Path, tmp_path: Path
+) -> None:
+    data, codec, out = tmp_path / "data", tmp_path / "vae", tmp_path / "out"
+    shutil.copytree(tiny_data, data)
+    shutil.copytree(vae, codec)
+    teacher.train(_settings(tiny_data, vae, out, steps=1, sample_every=0))
+    teacher.train(_settings(data, codec, out, steps=2, sample_every=0))  # the same, elsewhere
+    config = json.loads((codec / "config.json").read_text())
+    (codec / "config.json").write_text(json.dumps({**config, "scaling_factor": 9.0}))
+    with pytest.raises(TrainingError, match="vae_sha256"):
+        teacher.train(_settings(data, codec, out, steps=3, sample_every=0))
+    info = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps({**info, "sha256": {"images.npy": "other"}}))
+    with pytest.raises(TrainingError, match="data_sha256"):
+        teacher.train(_settings(data, vae, out, steps=3, sample_every=0))
+    recorded = json.loads((out / "config.json").read_text())  # a run of before hashes were recorded goes on
+    old = {name: value for name, value in recorded.items() if not name.endswith("_sha256")}
+    (out / "config.json").write_text(json.dumps(old))
+    assert teacher.train(_settings(tiny_data, vae, out, steps=3, sample_every=0)) == 0
+
+
+def test_a_start_without_a_checkpoint_leaves_no_model_to_the_next(
+    tiny_data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "Teacher", lambda family, settings: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            teacher.train(_settings(tiny_data, vae, tmp_path, steps=1, sample_every=0))
+    assert (tmp_path / "initial" / "model_index.json").is_file()
+    teacher.train(_settings(tiny_data, vae, tmp_path, steps=1, sample_every=0, layers=2))
+    assert len(load_family(tmp_path / "model").transformer.transformer_blocks) == 2
+
+
+def test_a_pickled_or_unreadable_autoencoder_is_refused_by_its_flag(vae: Path, tmp_path: Path) -> None:
+    codec = tmp_path / "vae"
+    shutil.copytree(vae, codec)
+    weights = codec / "diffusion_pytorch_model.safetensors"
+    torch.save(autoencoder.load_autoencoder(codec, "--vae").state_dict(), weights.with_suffix(".bin"))
+    weights.write_bytes(b"torn")
+    with pytest.raises(TrainingError, match=r"--init=.* is not an autoencoder folder"):
+        autoencoder.load_autoencoder(codec, "--init")
+    weights.unlink()
+    with pytest.raises(TrainingError, match=r"--init=.* is not an autoencoder folder"):
+        autoencoder.load_autoencoder(codec, "--init")
+
+
+def test_channels_that_init_does_not_have_are_refused_when_given(vae: Path) -> None:
+    settings = autoencoder.AutoencoderSettings
+    assert autoencoder.build_model(settings(init=vae)).config.encoder_block_out_channels[0] == 8
+    assert autoencoder.build_model(settings(init=vae, encoder_channels=8))
+    for side in ("encoder", "decoder"):
+        with pytest.raises(TrainingError, match=f"--{side}-channels=16 differs from the 8 of --init"):
+            autoencoder.build_model(settings(init=vae, **{f"{side}_channels": 16}))
 
 
 def test_missing_autoencoder_is_named(tiny_data: Path, tmp_path: Path) -> None:

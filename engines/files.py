@@ -1,0 +1,71 @@
+"""Files and folders that are whole or not there: replaced in one step, named by their hash.
+
+replace_folder(partial, target)                    # both in one parent folder
+write_text_atomically(Path("config.json"), text)
+sha256_file(Path("model.onnx"))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def replace_folder(partial: Path, target: Path) -> None:
+    """Make the finished folder `partial` be `target`; what `target` was is deleted once the new one stands.
+
+    Two renames: a kill leaves the old folder, the new one or, between the two, the old one as `.NAME.old` beside it,
+    never half of either. Both must lie on one file system.
+    """
+    for path in (*partial.rglob("*"), partial):
+        _to_disk(path)
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+    else:
+        partial.rename(target)
+    _to_disk(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write UTF-8 `text`: whoever reads `path` finds the old text or the new one, whole, whenever this is killed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _to_disk(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_files(root: Path, paths: Iterable[Path]) -> str:
+    """Hex SHA-256 of files below `root`: of their names there and their bytes, whatever their order."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.relative_to(root).as_posix()}\n{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Have the bytes (of a folder: its names) on disk before a rename makes them count."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
