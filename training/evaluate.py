@@ -33,11 +33,9 @@ from engines.cli import CommandSettings
 from engines.families.base import Family, load_family
 from training.emoji.dataset import EmojiDataset
 from training.evalset import EvalSet, Scorer, choose, pictures, table
-from training.evaluator import Evaluator
+from training.evaluator import ASSETS, Evaluator
 from training.sampling import generate, round_trip
 from training.student_folder import read_recorded, record_metrics
-
-ASSETS = Path(__file__).parent / "assets" / "evaluator"
 
 
 class EvaluateSettings(CommandSettings, env_prefix="CDM_EVALUATE_"):

@@ -31,6 +31,9 @@ from torch.nn import functional as F
 from engines.files import replace_folder
 from training.errors import TrainingError
 
+ASSETS = Path(__file__).parent / "assets" / "evaluator"
+"""The trained evaluator that ships."""
+
 WEIGHTS, CONFIG, TOKENIZER = "evaluator.safetensors", "evaluator.json", "tokenizer.json"
 FORMAT_VERSION = 1
 PAD_ID = 0

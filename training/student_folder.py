@@ -13,11 +13,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from engines.bundle import PROVENANCE
 from engines.families.base import load_family
 from engines.files import replace_folder, sha256_file, sha256_files, write_text_atomically
 from training.errors import TrainingError
-
-PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from training.emoji.evaluator import (
 )
 from training.emoji.splits import SPLITS
 from training.errors import TrainingError
-from training.evaluate import ASSETS
-from training.evaluator import Evaluator, EvaluatorConfig, TextTower, token_ids
+from training.evaluator import ASSETS, Evaluator, EvaluatorConfig, TextTower, token_ids
 from training.run import generator
 
 

@@ -29,12 +29,17 @@ from training.ema import EMA
 from training.emoji.autoencoder import autoencoder_sha256, encode_images, load_autoencoder
 from training.emoji.dataset import EmojiDataset, caption
 from training.emoji.model import ModelConfig, build_pipeline
-from training.emoji.splits import Split
-from training.grid import sample_grid
+from training.evalset import Scorer, choose
+from training.evaluator import ASSETS, Evaluator
+from training.grid import tile
 from training.losses import renoise
 from training.optim import MixedPrecision, split_muon, warmup
 from training.rollout import shifted
 from training.run import Run, config_sha256, generator, numpy_generator
+from training.sampling import generate
+
+LOOK_STEPS, LOOK_GUIDANCE = 25, 4.0
+"""How the pictures on a sample grid are drawn: half the teacher's usual steps, its usual guidance."""
 
 
 class TeacherSettings(CommandSettings, env_prefix="CDM_TEACHER_"):
@@ -54,9 +59,11 @@ class TeacherSettings(CommandSettings, env_prefix="CDM_TEACHER_"):
     shift: float = Field(1.5, gt=0, description="sigma shift, in training and in the scheduler")
     layers: int = Field(6, ge=1, description="transformer blocks")
     heads: int = Field(3, ge=1, description="attention heads, 64 wide each")
-    sample_every: int = Field(
-        500, ge=0, description="steps between sample grids and held-out losses; 0: none"
+    sample_every: int = Field(500, ge=0, description="steps between sample grids and metrics; 0: none")
+    metrics_count: int = Field(
+        64, ge=4, description="pictures on a grid, scored by the evaluator; half held out"
     )
+    evaluator: Path | None = Field(None, description="evaluator folder; none: the one that ships")
     save_minutes: float = Field(5, gt=0, description="minutes between checkpoints")
     seed: int = Field(0, ge=0, description="seed of everything drawn")
     threads: int = Field(1, ge=1, description="CPU threads")
@@ -145,7 +152,18 @@ def train(settings: TeacherSettings) -> int:
     data = EmojiDataset.load(settings.data)
     # Folders may move, what is in them may not change: latents and the model's autoencoder are made of it once.
     inputs = {"data_sha256": data.sha256(), "vae_sha256": autoencoder_sha256(settings.vae, "--vae")}
-    free = ("steps", "cooldown", "threads", "out", "sample_every", "save_minutes", "data", "vae")
+    free = (
+        "steps",
+        "cooldown",
+        "threads",
+        "out",
+        "sample_every",
+        "save_minutes",
+        "data",
+        "vae",
+        "metrics_count",
+        "evaluator",
+    )
     config = {**settings.model_dump(mode="json"), **inputs}
     run = Run(settings.out, config, settings.steps, settings.save_minutes, free)
     if not run.started:  # what a start with other settings left behind
@@ -191,24 +209,20 @@ def look(
     latents_NCHW: Tensor,
     settings: TeacherSettings,
 ) -> None:
-    """Held-out loss, a sample grid, and the model as it is now."""
+    """The model as it is now: written, its held-out loss and alignment logged, its pictures drawn on one sheet."""
     write_model(family, settings, step + 1, data)
-    run.record(step, heldout_loss=heldout_loss(family, data, latents_NCHW, settings))
-    rows = grid_rows(data)
-    prompts = [caption(data.records[row]) for row in rows]
-    family.transformer.to(torch.bfloat16)
-    sample_grid(family, prompts, settings.out / "samples" / f"{step + 1:06d}.png")
-
-
-def grid_rows(data: EmojiDataset) -> list[int]:
-    """Up to 16 training and 16 held-out pictures, always the same."""
-    wanted: tuple[tuple[Split, int], ...] = (("train", 16), ("heldout_pair", 8), ("heldout_combination", 8))
-    random = np.random.default_rng(0)
-    rows: list[int] = []
-    for split, count in wanted:
-        there = np.asarray(data.indices(split))
-        rows += random.choice(there, min(count, len(there)), replace=False).tolist()
-    return rows
+    values: dict[str, float] = {"heldout_loss": heldout_loss(family, data, latents_NCHW, settings)}
+    chosen = choose(
+        data, settings.metrics_count, min(100, len({r.name for r in data.records})), settings.seed
+    )
+    torch.nn.Module.to(family.transformer, torch.bfloat16)
+    made = generate(family, chosen.captions, chosen.seeds, LOOK_STEPS, LOOK_GUIDANCE, batch=32)
+    scores = Scorer(Evaluator.load(settings.evaluator or ASSETS), chosen).score(made)
+    values |= {f"alignment_{group}": scores[group]["alignment"] for group in ("seen", "heldout")}
+    run.record(step, **values)
+    sheet = settings.out / "samples" / f"{step + 1:06d}.png"
+    sheet.parent.mkdir(exist_ok=True)
+    tile(made, 8).save(sheet)
 
 
 def flow_matching_loss(

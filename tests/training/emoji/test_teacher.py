@@ -32,7 +32,7 @@ def vae(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _settings(data: Path, vae: Path, out: Path, **changes: object) -> teacher.TeacherSettings:
     values: dict[str, object] = {
         "data": data, "vae": vae, "out": out, "steps": 6, "cooldown": 2, "batch": 4, "layers": 1, "heads": 1,
-        "sample_every": 3,
+        "sample_every": 3, "metrics_count": 4,
     }  # fmt: skip
     return teacher.TeacherSettings(**(values | changes))
 
