@@ -104,7 +104,8 @@ class SD3Family(Family):
             raise FamilyError(f"{folder} cannot be loaded as {cls.pipeline_class}: {error}") from error
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
-                module.eval().requires_grad_(False)
+                # Without accelerate, diffusers leaves some parameters in the file's dtype.
+                nn.Module.to(module, dtype).eval().requires_grad_(False)
         return cls(pipeline, folder)
 
     # text
