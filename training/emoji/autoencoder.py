@@ -45,6 +45,9 @@ class AutoencoderSettings(CommandSettings, env_prefix="CDM_AUTOENCODER_"):
     lr: float = Field(1.5e-3, gt=0, description="peak learning rate of AdamW; cosine to zero")
     latent_noise: float = Field(0.05, ge=0, description="noise added to latents, in units of their deviation")
     init: Path | None = Field(None, description="autoencoder folder to start from; none: random weights")
+    freeze_encoder: bool = Field(
+        False, description="train a new decoder for the encoder of --init; its latents stay what they are"
+    )
     seed: int = Field(0, ge=0, description="seed of everything drawn")
     threads: int = Field(1, ge=1, description="CPU threads")
 
@@ -86,6 +89,10 @@ def autoencoder_sha256(folder: Path, flag: str) -> str:
 def build_model(settings: AutoencoderSettings) -> AutoencoderTiny:
     """A random-weight autoencoder; no blocks at full resolution, where they cost most and add least."""
     torch.manual_seed(settings.seed)
+    if settings.freeze_encoder:
+        if settings.init is None:
+            raise TrainingError("--freeze-encoder needs a trained encoder; name its folder with --init")
+        return _with_new_decoder(load_autoencoder(settings.init, "--init"), settings.decoder_channels)
     if settings.init is not None:
         loaded = load_autoencoder(settings.init, "--init")
         for side in ("encoder", "decoder"):
@@ -98,12 +105,25 @@ def build_model(settings: AutoencoderSettings) -> AutoencoderTiny:
                     f"--{side}-channels={asked} differs from the {there} of --init={settings.init}; leave it out"
                 )
         return loaded
-    encoder, decoder = (settings.encoder_channels,) * 4, (settings.decoder_channels,) * 4
+    return _random(settings.encoder_channels, settings.decoder_channels, 1.0, 0.0)
+
+
+def _random(encoder: int, decoder: int, scaling_factor: float, shift_factor: float) -> AutoencoderTiny:
     model: AutoencoderTiny = AutoencoderTiny(
-        encoder_block_out_channels=encoder, decoder_block_out_channels=decoder, latent_channels=LATENT_CHANNELS,
-        num_encoder_blocks=(0, 1, 2, 3), num_decoder_blocks=(3, 3, 2, 0), force_upcast=False,
-        scaling_factor=1.0, shift_factor=0.0,
+        encoder_block_out_channels=(encoder,) * 4, decoder_block_out_channels=(decoder,) * 4,
+        latent_channels=LATENT_CHANNELS, num_encoder_blocks=(0, 1, 2, 3), num_decoder_blocks=(3, 3, 2, 0),
+        force_upcast=False, scaling_factor=scaling_factor, shift_factor=shift_factor,
     )  # fmt: skip
+    return model
+
+
+def _with_new_decoder(trained: AutoencoderTiny, channels: int) -> AutoencoderTiny:
+    config = trained.config
+    model = _random(
+        config["encoder_block_out_channels"][0], channels, config["scaling_factor"], config["shift_factor"]
+    )
+    model.encoder.load_state_dict(trained.encoder.state_dict())
+    model.encoder.requires_grad_(False)
     return model
 
 
@@ -208,18 +228,15 @@ def train(settings: AutoencoderSettings) -> int:
 
 def _finish(model: AutoencoderTiny, ema: EMA, data: EmojiDataset, settings: AutoencoderSettings) -> None:
     averaged = {name.removeprefix("autoencoder."): value for name, value in ema.average.items()}
-    model.load_state_dict(
-        {name: value for name, value in averaged.items() if not name.startswith("colours.")}
-    )
+    trained = {name: value for name, value in averaged.items() if not name.startswith("colours.")}
+    if settings.freeze_encoder:  # its compute copy was rounded to bfloat16
+        assert settings.init is not None
+        encoder = load_autoencoder(settings.init, "--init").encoder.state_dict()
+        trained |= {f"encoder.{name}": value for name, value in encoder.items()}
+    model.load_state_dict(trained)
     model.eval()
-    rows = np.asarray(data.indices("train"))
-    latents = encode_images(model, data.images, rows[:: max(1, len(rows) // 1024)])
-    if not np.isfinite(latents).all():
-        raise TrainingError(
-            "the trained autoencoder makes latents that are not finite; train again with a lower --lr"
-        )
-    # The pipeline feeds latents / scaling_factor + shift_factor to the decoder.
-    model.register_to_config(scaling_factor=1 / float(latents.std()), shift_factor=float(latents.mean()))
+    if not settings.freeze_encoder:
+        _set_scale(model, data)
     partial = settings.out / ".vae.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, safe_serialization=True)
@@ -228,6 +245,18 @@ def _finish(model: AutoencoderTiny, ema: EMA, data: EmojiDataset, settings: Auto
     print(
         f"mean |error| on {len(held)} held-out pictures: {round_trip_error(model, data.images, held):.4f} of [-1, 1]"
     )
+
+
+def _set_scale(model: AutoencoderTiny, data: EmojiDataset) -> None:
+    """Measure what brings latents to mean 0 and deviation 1."""
+    rows = np.asarray(data.indices("train"))
+    latents = encode_images(model, data.images, rows[:: max(1, len(rows) // 1024)])
+    if not np.isfinite(latents).all():
+        raise TrainingError(
+            "the trained autoencoder makes latents that are not finite; train again with a lower --lr"
+        )
+    # The pipeline feeds latents / scaling_factor + shift_factor to the decoder.
+    model.register_to_config(scaling_factor=1 / float(latents.std()), shift_factor=float(latents.mean()))
 
 
 @torch.no_grad()

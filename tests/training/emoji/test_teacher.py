@@ -46,6 +46,33 @@ def test_autoencoder_scales_latents_to_zero_mean_and_unit_deviation(tiny_data: P
     assert float(scaled.std()) == pytest.approx(1, abs=0.1)
 
 
+def test_a_new_decoder_leaves_the_latents_bit_for_bit(tiny_data: Path, vae: Path, tmp_path: Path) -> None:
+    settings = autoencoder.AutoencoderSettings(
+        data=tiny_data, out=tmp_path, steps=3, batch=4, decoder_channels=4, init=vae, freeze_encoder=True
+    )
+    assert autoencoder.train(settings) == 0
+    before, after = (
+        autoencoder.load_autoencoder(vae, "--vae"),
+        autoencoder.load_autoencoder(tmp_path / "vae", "--vae"),
+    )
+    assert (after.config.scaling_factor, after.config.shift_factor) == (
+        before.config.scaling_factor,
+        before.config.shift_factor,
+    )
+    data = EmojiDataset.load(tiny_data)
+    rows = np.arange(8)
+    one, two = (autoencoder.encode_images(model, data.images, rows) for model in (before, after))
+    assert np.array_equal(one, two)
+    assert sum(p.numel() for p in after.decoder.parameters()) < sum(
+        p.numel() for p in before.decoder.parameters()
+    )
+
+
+def test_freezing_no_encoder_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="--init"):
+        autoencoder.train(autoencoder.AutoencoderSettings(data=tiny_data, out=tmp_path, freeze_encoder=True))
+
+
 def test_reconstruction_loss_is_zero_only_for_the_same_picture() -> None:
     picture = torch.rand(2, 3, 16, 16)
     assert float(autoencoder.reconstruction_loss(picture, picture)) == 0
