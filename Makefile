@@ -14,7 +14,7 @@ endif
 PIP = -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check readme clean lock python
+.PHONY: help serve test check readme model figures clean lock python
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,31 @@ lock: | python ## write constraints.txt anew: the newest versions that all extra
 
 readme: $(TEST)/.installed ## write the README's settings tables anew
 	$(TEST)/bin/python scripts/readme.py
+
+# Hours of training: every command resumes where it was stopped.
+BIN = $(TEST)/bin
+RUNS ?= runs
+model: $(TEST)/.installed ## train the bundled model from nothing and export it (hours; resumes)
+	$(BIN)/cdm-train emoji-data
+	$(BIN)/cdm-train emoji-autoencoder --threads 2 --out $(RUNS)/autoencoder
+	$(BIN)/cdm-train emoji-teacher --threads 2 --vae $(RUNS)/autoencoder/vae --out $(RUNS)/teacher
+	$(BIN)/cdm-train emoji-cdm --threads 2 --teacher $(RUNS)/teacher/model --out $(RUNS)/emoji-cdm
+	$(BIN)/cdm-export $(RUNS)/emoji-cdm/student --out cdm_serve/bundles/emoji --name emoji
+
+RESULTS = benchmarks/results
+SAME = --count 400 --diversity-prompts 16 --threads 2
+figures: $(TEST)/.installed ## measure what the README quotes, on an otherwise idle machine (about 20 minutes)
+	$(BIN)/cdm-train evaluate $(RUNS)/teacher/model $(SAME) --steps 4,50 --guidance 4 --name teacher --out $(RESULTS)/quality-teacher.json
+	$(BIN)/cdm-train evaluate $(RUNS)/emoji-cdm/student $(SAME) --steps 1,2,3,4,6,8 --no-baselines --name student --record \
+		--out $(RESULTS)/quality-student.json
+	$(BIN)/cdm-train samples --teacher $(RUNS)/teacher/model --student $(RUNS)/emoji-cdm/student --out docs/samples.png \
+		--row docs/samples-row.png
+	$(BIN)/cdm-bench engine --bundle cdm_serve/bundles/emoji --student $(RUNS)/emoji-cdm/student --teacher $(RUNS)/teacher/model \
+		--threads 2 --rounds 40 | tee $(RESULTS)/engine.txt
+	$(BIN)/cdm-bench engine --bundle cdm_serve/bundles/emoji --student $(RUNS)/emoji-cdm/student --precision f32 --rounds 3 | \
+		tee $(RESULTS)/engine-f32.txt
+	$(BIN)/cdm-bench http --requests 200 | tee $(RESULTS)/http.txt
+	$(BIN)/cdm-bench coldstart --runs 5 --install | tee $(RESULTS)/coldstart.txt
 
 clean: ## remove environments, caches and build output (never data/ and runs/)
 	rm -rf $(SERVE) $(TEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
