@@ -11,6 +11,7 @@ import torch
 
 from engines.families.base import Family, FamilyError, load_family
 from training import checkpoint
+from training.cpu_kernels import keep_freed_memory
 from training.distill import Distillation, distill
 from training.errors import TrainingError
 from training.grid import tile
@@ -40,6 +41,7 @@ def train(settings: DistilSettings, recipe: str, prompts: Prompts) -> int:
         TrainingError: an unusable teacher, another run's folder, embeddings that do not fit, or `Diverged`.
     """
     torch.set_num_threads(settings.threads)
+    keep_freed_memory()
     config = settings.config()
     licences = teacher_licences(settings.teacher)
     hashes, kept = TeacherHashes.of(settings.teacher), settings.out / "teacher"

@@ -140,6 +140,7 @@ def _write_bundle(
     _answer(graphs, table, "original")
     round_to_float16_([family.transformer, family.vae, *family.text_modules().values()])
     _answer(graphs, table, "stored")
+    family.fuse()  # after torch has answered: parity then vouches for it too
     example = probes(family, EXAMPLE_BATCH, latents[0], options.seed + 1)
     components: dict[Any, Component] = {}
     for name, graph in graphs.items():

@@ -94,6 +94,12 @@ class Family(ABC):
     def tokenizer_specs(self) -> list[dict[str, Any]]:
         """For the bundle: per text-encoder input `{"input", "length", "pad_id", "json": tokenizers-JSON text}`."""
 
+    def fuse(self) -> None:
+        """Rewrite the modules into fewer, larger operations that compute the same, before a graph is made of them.
+
+        The model must not be trained or saved after it. A family without such a rewrite does nothing.
+        """
+
     @abstractmethod
     def save(self, folder: Path, transformer: nn.Module | None = None) -> None:
         """Write a diffusers folder like the one loaded, with `transformer` in place of the loaded one."""

@@ -5,8 +5,9 @@ makes the same pictures there, in training, and in an exported bundle. Shapes as
 
 The text tokens are those of both CLIPs (joined along the features, zero-padded to the transformer's width) followed
 by T5's. Without a T5 the pipeline puts `max_sequence_length` zero rows in its place, and these rows do take part in
-attention: `family.t5_length` is how many, the CLIP tokenizer's own length. To get the same pictures from diffusers,
-call the pipeline with `max_sequence_length=family.t5_length` (its default of 256 is another model, and a slower one).
+attention: `family.t5_length` is how many, the CLIP tokenizer's own length. Here one zero row stands for all of them
+(`engines/families/joint_attention.py`). To get the same pictures from diffusers, call the pipeline with
+`max_sequence_length=family.t5_length` (its default of 256 is another model, and a slower one).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from engines.families.base import Conditioning, Family, FamilyError
+from engines.families.joint_attention import fuse_projections, use_joint_attention
 
 T5_LENGTH = 256
 """Tokens of the T5 prompt, the pipeline's default `max_sequence_length`."""
@@ -78,6 +80,8 @@ class SD3Family(Family):
         self.context_dim: int = config.joint_attention_dim
         self.clip_length: int = pipeline.tokenizer_max_length
         self.t5_length: int = self.clip_length if pipeline.text_encoder_3 is None else T5_LENGTH
+        self.text_weight: int = self.t5_length if pipeline.text_encoder_3 is None else 1
+        use_joint_attention(self.transformer)
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> SD3Family:
@@ -130,16 +134,17 @@ class SD3Family(Family):
         return tokenizers
 
     def embed(self, ids: dict[str, Tensor]) -> Conditioning:
-        """`encoder_hidden_states (B, clip_length + t5_length, context_dim)`, `pooled_projections (B, P)`.
+        """`encoder_hidden_states (B, L, context_dim)`, `pooled_projections (B, P)`.
 
         Each CLIP gives its last-but-one hidden state and its projected pooled output, as `encode_prompt` does.
+        L is clip_length + t5_length, or clip_length + 1 without a T5: one zero row in the place of t5_length.
         """
         first = self.pipeline.text_encoder(ids["input_ids"], output_hidden_states=True)
         second = self.pipeline.text_encoder_2(ids["input_ids_2"], output_hidden_states=True)
         clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         clip = nn.functional.pad(clip, (0, self.context_dim - clip.shape[-1]))
         if self.pipeline.text_encoder_3 is None:
-            t5 = clip.new_zeros((clip.shape[0], self.t5_length, self.context_dim))
+            t5 = clip.new_zeros((clip.shape[0], 1, self.context_dim))
         else:
             t5 = self.pipeline.text_encoder_3(ids["input_ids_3"])[0].to(clip.dtype)
         return {
@@ -149,7 +154,7 @@ class SD3Family(Family):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Embeddings of prompts, equal to the pipeline's `encode_prompt`."""
+        """Embeddings of prompts: the pipeline's `encode_prompt`, equal zero rows once."""
         device = self.pipeline.text_encoder.device
         return self.embed({name: ids.to(device) for name, ids in self.tokenize(prompts).items()})
 
@@ -180,11 +185,13 @@ class SD3Family(Family):
     ) -> Tensor:
         """v `(B, C, H, W)` in x's dtype; the time embedding's sines are computed from float32 σ·1000."""
         dtype = next(transformer.parameters()).dtype
+        use_joint_attention(transformer)
         velocity: Tensor = transformer(
             hidden_states=x.to(dtype),
             encoder_hidden_states=conditioning["encoder_hidden_states"].to(dtype),
             pooled_projections=conditioning["pooled_projections"].to(dtype),
             timestep=sigma.to(torch.float32) * TIMESTEPS,
+            joint_attention_kwargs={"text_weight": self.text_weight},
             return_dict=False,
         )[0]
         return velocity.to(x.dtype)
@@ -216,6 +223,10 @@ class SD3Family(Family):
         decode: Any = self.vae.decode
         picture: Tensor = decode(unscaled.to(dtype), return_dict=False)[0]
         return picture
+
+    def fuse(self) -> None:
+        """q, k and v of every attention by one matrix product."""
+        fuse_projections(self.transformer)
 
     def save(self, folder: Path, transformer: nn.Module | None = None) -> None:
         """Write a diffusers folder (safetensors, JSON), with `transformer` (an unwrapped module) if given."""

@@ -53,7 +53,7 @@ def test_tensors_are_named_and_their_batch_is_free(bundle: Bundle) -> None:
     assert list(components["denoiser"].outputs) == ["x_next", "x0"]
     assert components["denoiser"].inputs["x"].shape == ("batch", 8, "height", "width")
     assert components["text_encoder"].inputs["input_ids_2"].shape == ("batch", 12)
-    assert components["text_encoder"].outputs["encoder_hidden_states"].shape == ("batch", 24, 64)
+    assert components["text_encoder"].outputs["encoder_hidden_states"].shape == ("batch", 13, 64)
     assert components["decoder"].outputs["image"].dtype == "uint8"
 
 

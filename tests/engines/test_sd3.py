@@ -40,7 +40,10 @@ def test_embeddings_equal_the_pipelines(family: SD3Family, pipeline: StableDiffu
     embeds, _, pooled, _ = pipeline.encode_prompt(
         PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=family.t5_length
     )
-    assert torch.equal(mine["encoder_hidden_states"], embeds)
+    text = mine["encoder_hidden_states"]
+    assert text.shape[1] == family.clip_length + 1
+    last = text[:, -1:].expand(-1, family.text_weight, -1)
+    assert torch.equal(torch.cat([text[:, :-1], last], dim=1), embeds)
     assert torch.equal(mine["pooled_projections"], pooled)
     assert not torch.equal(mine["encoder_hidden_states"][0], mine["encoder_hidden_states"][2])
 

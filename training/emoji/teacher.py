@@ -24,7 +24,7 @@ from engines.families.base import load_family
 from engines.families.sd3 import SD3Family
 from engines.files import replace_folder
 from training import checkpoint
-from training.cpu_kernels import cpu_kernels
+from training.cpu_kernels import cpu_kernels, keep_freed_memory
 from training.ema import EMA
 from training.emoji.autoencoder import autoencoder_sha256, encode_images, load_autoencoder
 from training.emoji.dataset import EmojiDataset, caption
@@ -149,6 +149,7 @@ def prepare(settings: TeacherSettings, data: EmojiDataset) -> tuple[SD3Family, T
 def train(settings: TeacherSettings) -> int:
     """Train and write `OUT/model`, a diffusers folder with `provenance.json`."""
     torch.set_num_threads(settings.threads)
+    keep_freed_memory()
     data = EmojiDataset.load(settings.data)
     # Folders may move, what is in them may not change: latents and the model's autoencoder are made of it once.
     inputs = {"data_sha256": data.sha256(), "vae_sha256": autoencoder_sha256(settings.vae, "--vae")}
