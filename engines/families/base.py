@@ -94,10 +94,10 @@ class Family(ABC):
     def tokenizer_specs(self) -> list[dict[str, Any]]:
         """For the bundle: per text-encoder input `{"input", "length", "pad_id", "json": tokenizers-JSON text}`."""
 
-    def fuse(self) -> None:
+    def fuse(self) -> None:  # noqa: B027  (a family without such a rewrite has nothing to do)
         """Rewrite the modules into fewer, larger operations that compute the same, before a graph is made of them.
 
-        The model must not be trained or saved after it. A family without such a rewrite does nothing.
+        The model must not be trained or saved after it.
         """
 
     @abstractmethod
