@@ -43,7 +43,7 @@ class JointAttention:
             return _output(attn, _attend(query, key, value, mask)), None
         joint_BLD = _attend(torch.cat([query, text_query], dim=2), key, value, mask)
         pixels, words = torch.split(
-            joint_BLD, (hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1
+            joint_BLD, [hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1
         )
         return _output(attn, pixels), attn.to_add_out(words)
 
