@@ -28,25 +28,20 @@ B = 0.07135481282553824
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q·kᵀ/√D + bias)·v on `(B, H, L, D)`, as batched matrix products; saves the probabilities.
-
-    `bias` `(1, 1, 1, L)` is a constant without gradient.
-    """
+    """softmax(q·kᵀ/√D)·v on `(B, H, L, D)`, as batched matrix products; saves the probabilities."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, heads, length, depth = q.shape
         q, k, v = (t.reshape(batch * heads, t.shape[2], depth) for t in (q, k, v))
         scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=depth**-0.5)
-        if bias is not None:
-            scores.add_(bias[0])
         p = torch.softmax(scores, -1)
         ctx.save_for_backward(q, k, v, p)
         ctx.heads = heads
         return torch.bmm(p, v).view(batch, heads, length, depth)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, p = ctx.saved_tensors
         scale = q.shape[2] ** -0.5
         grad = grads[0].reshape(q.shape)
@@ -55,7 +50,7 @@ class _Attention(torch.autograd.Function):
         dq = torch.bmm(ds, k).mul_(scale)
         dk = torch.bmm(ds.transpose(1, 2), q).mul_(scale)
         dq, dk, dv = (t.view(-1, ctx.heads, *t.shape[1:]) for t in (dq, dk, dv))
-        return dq, dk, dv, None
+        return dq, dk, dv
 
 
 class _Gelu(torch.autograd.Function):
@@ -81,11 +76,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     plain = not args and not any(
         kwargs.get(name) for name in ("dropout_p", "is_causal", "scale", "enable_gqa")
     )
-    mask = kwargs.get("attn_mask")
-    if mask is not None:
-        plain = plain and mask.shape == (1, 1, 1, key.shape[2]) and mask.is_floating_point()
-    if plain and query.device.type == "cpu" and query.ndim == 4:
-        result: Tensor = _Attention.apply(query, key, value, mask)  # type: ignore[no-untyped-call]
+    if plain and kwargs.get("attn_mask") is None and query.device.type == "cpu" and query.ndim == 4:
+        result: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
         return result
     return _sdpa(query, key, value, *args, **kwargs)
 
