@@ -53,7 +53,7 @@ figures: $(TEST)/.installed ## measure what the README quotes, on an otherwise i
 	$(BIN)/cdm-train samples --teacher $(RUNS)/teacher/model --student $(RUNS)/emoji-cdm/student --out docs/samples.png \
 		--row docs/samples-row.png
 	$(BIN)/cdm-bench engine --bundle cdm_serve/bundles/emoji --student $(RUNS)/emoji-cdm/student --teacher $(RUNS)/teacher/model \
-		--threads 2 --rounds 40 | tee $(RESULTS)/engine.txt
+		--threads 2 --rounds 24 | tee $(RESULTS)/engine.txt
 	$(BIN)/cdm-bench engine --bundle cdm_serve/bundles/emoji --student $(RUNS)/emoji-cdm/student --precision f32 --rounds 3 | \
 		tee $(RESULTS)/engine-f32.txt
 	$(BIN)/cdm-bench http --requests 200 | tee $(RESULTS)/http.txt

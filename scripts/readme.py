@@ -1,4 +1,5 @@
-"""Write the settings tables of README.md and docs/settings.md anew from the settings classes (`make readme`).
+"""Write the tables of README.md and docs/settings.md anew (`make readme`): settings from their classes, figures from
+benchmarks/results/ (`scripts/figures.py`).
 
 In the README, what stands between `<!-- settings:module:Class -->` and `<!-- /settings -->` is what `settings_table`
 says; docs/settings.md is made whole, one table per sub-command. `--check` only compares.
@@ -14,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 SETTINGS = ROOT / "docs" / "settings.md"
+FIGURES = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- settings:([\w.]+):(\w+) -->\n).*?(<!-- /settings -->)", re.DOTALL)
 GROUPS = {"cdm-train": "training.main", "cdm-bench": "benchmarks.main"}
 
@@ -26,13 +28,19 @@ def _table(module: str, name: str) -> str:
 
 
 def rendered(text: str) -> str:
-    """`text` with every settings table as the classes now are."""
+    """`text` with every settings table as the classes now are, and every figure as it was measured."""
+    sys.path.insert(0, str(ROOT))
+    from scripts.figures import TABLES
 
     def table(block: re.Match[str]) -> str:
         begin, module, name, end = block.groups()
         return f"{begin}{_table(module, name)}{end}"
 
-    return BLOCK.sub(table, text)
+    def figures(block: re.Match[str]) -> str:
+        begin, name, end = block.groups()
+        return f"{begin}{TABLES[name]()}{end}"
+
+    return FIGURES.sub(figures, BLOCK.sub(table, text))
 
 
 def settings_page() -> str:

@@ -39,7 +39,7 @@ def emoji_cdm() -> CDMConfig:
     Schedules are shorter (few-step students are run at 1–8 steps), and learning rates higher, as small models want.
     CA + DM aim at v_c + g·(v_c − v_∅), classifier-free guidance at scale g + 1: the 4 that the teacher is drawn with.
     """
-    return CDMConfig(n_max=8, steps=3000, batch=32, lr_student=5e-5, lr_fake=1e-4, guidance=3.0)
+    return CDMConfig(n_max=8, steps=1000, batch=16, lr_student=1e-4, lr_fake=2e-4, guidance=3.0)
 
 
 class DistilSettings(CommandSettings, CDMConfig):  # type: ignore[misc]  # two kinds of model_config, merged by pydantic
