@@ -31,13 +31,13 @@ check: $(TEST)/.installed ## ruff, mypy --strict, layout rules, hadolint, shellc
 lock: | python ## write constraints.txt anew: the newest versions that all extras agree on
 	$(PYTHON) scripts/lock.py
 
-readme: $(TEST)/.installed ## write the README's settings tables anew
+readme: $(TEST)/.installed ## write the tables of settings and figures in the README and docs/ anew
 	$(TEST)/bin/python scripts/readme.py
 
 # Hours of training: every command resumes where it was stopped.
 BIN = $(TEST)/bin
 RUNS ?= runs
-model: $(TEST)/.installed ## train the bundled model from nothing and export it (hours; resumes)
+model: $(TEST)/.installed ## train a model like the bundled one from nothing and export it (hours; resumes)
 	$(BIN)/cdm-train emoji-data
 	$(BIN)/cdm-train emoji-autoencoder --threads 2 --out $(RUNS)/autoencoder
 	$(BIN)/cdm-train emoji-teacher --threads 2 --vae $(RUNS)/autoencoder/vae --out $(RUNS)/teacher
@@ -58,6 +58,7 @@ figures: $(TEST)/.installed ## measure what the README quotes, on an otherwise i
 		tee $(RESULTS)/engine-f32.txt
 	$(BIN)/cdm-bench http --requests 200 | tee $(RESULTS)/http.txt
 	$(BIN)/cdm-bench coldstart --runs 5 --install | tee $(RESULTS)/coldstart.txt
+	$(BIN)/python scripts/readme.py
 
 clean: ## remove environments, caches and build output (never data/ and runs/)
 	rm -rf $(SERVE) $(TEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ takes 0.7 of its time. Elsewhere (GPU, masks, dropout) torch's own kernels run.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -105,7 +106,9 @@ def keep_freed_memory() -> None:
     The emoji teacher's step (batch 64, two threads, both ways alternating in one process): 0.72 s without, 0.64 s with
     (medians of 12). Elsewhere than on glibc nothing happens.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the most that glibc takes

@@ -17,6 +17,14 @@ from torch.nn import functional as F
 
 Module = TypeVar("Module", bound=nn.Module)
 
+Projections = tuple[str, tuple[str, str, str], tuple[str, str]]
+"""diffusers' names of the q-k-v product, of the three it stands for, and of the norms of q and k."""
+
+IMAGE: Projections = ("to_qkv", ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+TEXT: Projections = (
+    "to_added_qkv", ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+)  # fmt: skip
+
 
 class JointAttention:
     """Drop-in for diffusers' `JointAttnProcessor2_0`; the same function where `text_weight` is 1, its default.
@@ -33,10 +41,10 @@ class JointAttention:
         text_weight: int = 1,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         assert attention_mask is None, "SD3 masks nothing"
-        query, key, value = _project(attn, hidden_states)
+        query, key, value = _project(attn, hidden_states, IMAGE)
         if encoder_hidden_states is None:
             return _output(attn, _attend(query, key, value))
-        text_query, text_key, text_value = _project_text(attn, encoder_hidden_states)
+        text_query, text_key, text_value = _project(attn, encoder_hidden_states, TEXT)
         key = torch.cat([key, *_repeat_last(text_key, text_weight)], dim=2)
         value = torch.cat([value, *_repeat_last(text_value, text_weight)], dim=2)
         if attn.context_pre_only:  # the last block: nobody reads what text would learn from attention
@@ -57,27 +65,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
-def _heads(attn: Attention, *projected: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.unflatten(tensor, 2, (attn.heads, -1)).transpose(1, 2) for tensor in projected)
-
-
-def _project(attn: Attention, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v `(B, heads, L, D)` of the image, normed where the model does (SD3.5)."""
+def _project(attn: Attention, states: Tensor, names: Projections) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v `(B, heads, L, D)`, normed where the model does (SD3.5)."""
+    fused, separate, (norm_q, norm_k) = names
     if attn.fused_projections:
-        projected = attn.to_qkv(states).chunk(3, dim=-1)
+        projected = getattr(attn, fused)(states).chunk(3, dim=-1)
     else:
-        projected = attn.to_q(states), attn.to_k(states), attn.to_v(states)
-    query, key, value = _heads(attn, *projected)
-    return _normed(attn.norm_q, query), _normed(attn.norm_k, key), value
-
-
-def _project_text(attn: Attention, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if attn.fused_projections:
-        projected = attn.to_added_qkv(states).chunk(3, dim=-1)
-    else:
-        projected = attn.add_q_proj(states), attn.add_k_proj(states), attn.add_v_proj(states)
-    query, key, value = _heads(attn, *projected)
-    return _normed(attn.norm_added_q, query), _normed(attn.norm_added_k, key), value
+        projected = tuple(getattr(attn, name)(states) for name in separate)
+    query, key, value = (torch.unflatten(tensor, 2, (attn.heads, -1)).transpose(1, 2) for tensor in projected)
+    return _normed(getattr(attn, norm_q), query), _normed(getattr(attn, norm_k), key), value
 
 
 def _normed(norm: nn.Module | None, states: Tensor) -> Tensor:
