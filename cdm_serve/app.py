@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cdm_serve import pages, routes
+from cdm_serve.costs import CostModel
 from cdm_serve.errors import ServeError, error_response, http_error_response
 from cdm_serve.front import Front
 from cdm_serve.service import Service
@@ -22,13 +23,15 @@ from engines.base import Engine
 from engines.cli import DISTRIBUTION
 
 
-def create_app(settings: ServeSettings, engine: Engine) -> FastAPI:
+def create_app(settings: ServeSettings, engine: Engine, costs: CostModel | None = None) -> FastAPI:
     """An app that serves `engine`; its lifespan starts and drains the runner, the engine stays the caller's.
+
+    `costs`: the scheduler's cost model, if it shall not begin with the warm-up's measurements.
 
     Raises:
         BundleError: the settings' limits leave nothing of what the bundle can do.
     """
-    service = Service(settings, engine)
+    service = Service(settings, engine, costs)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -6,6 +6,7 @@
     ├── UnsupportedMedia      415  the body does not say that it is JSON
     ├── BodyTooLarge          413  the body is longer than the limit
     ├── QueueFull             429  no permit is free; says when to come back
+    ├── DeadlineInfeasible    429  it could not be finished in time; says when to come back
     ├── Unavailable           503  no engine to answer with: it is stopping or broken
     ├── GenerationFailed      500  the engine failed on this picture's batch
     └── ClientGone            499  nobody is left to answer (never sent, only counted)
@@ -16,6 +17,7 @@ Every error answer has the same body, `{"error": {"message", "type", "param", "c
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -57,6 +59,16 @@ class QueueFull(ServeError):
         super().__init__(message, headers={"retry-after": str(retry_after_s)})
 
 
+class DeadlineInfeasible(ServeError):
+    """Beside what was accepted before, the request's deadline cannot be met."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        seconds, ms = math.ceil(retry_after_s), math.ceil(retry_after_s * 1e3)
+        super().__init__(
+            message, param="deadline_ms", headers={"retry-after": str(max(1, seconds)), "retry-after-ms": str(ms)}
+        )
+
+
 class Unavailable(ServeError):
     """The server is stopping, or its engine cannot run."""
 
@@ -75,6 +87,7 @@ TABLE: dict[type[ServeError], tuple[int, str, str]] = {
     UnsupportedMedia: (415, "invalid_request_error", "unsupported_media_type"),
     BodyTooLarge: (413, "invalid_request_error", "body_too_large"),
     QueueFull: (429, "rate_limit_error", "queue_full"),
+    DeadlineInfeasible: (429, "rate_limit_error", "deadline_infeasible"),
     Unavailable: (503, "server_error", "unavailable"),
     GenerationFailed: (500, "server_error", "generation_failed"),
     ClientGone: (499, "client_error", "client_gone"),

@@ -64,6 +64,9 @@ class Metrics:
         self.cancelled_steps = Counter(
             "cdm_cancelled_steps", "Steps not run because the client had left", registry=registry
         )
+        self.deadline_missed = Counter(
+            "cdm_deadline_missed", "Pictures accepted with a deadline and finished after it", registry=registry
+        )
         self.cache_hits = Counter("cdm_cache_hits", "Look-ups a cache answered", ["cache"], registry=registry)
         self.cache_misses = Counter("cdm_cache_misses", "Look-ups it did not", ["cache"], registry=registry)
         self.model = Info("cdm_model", "What is served, and on what", registry=registry)

@@ -31,7 +31,7 @@ ERROR_DOCS: dict[int | str, dict[str, Any]] = {
     422: {
         "description": "A field has a value that cannot be served; the message names field, value and limit"
     },
-    429: {"description": "The queue is full; Retry-After says when to come back"},
+    429: {"description": "The queue is full or the deadline cannot be met; Retry-After says when to come back"},
     500: {"description": "The engine failed on this picture"},
     503: {"description": "The server is stopping, or its engine is broken"},
 }
@@ -56,6 +56,7 @@ async def generate(request: Request) -> Response:
     headers = {
         "x-seed": ", ".join(str(image.seed) for image in made),
         "x-steps": str(max(image.steps for image in made)),
+        "x-steps-planned": str(order.steps),
         "server-timing": ", ".join(f"{stage};dur={ms}" for stage, ms in timings.items()),
         "cache-control": "no-store",
     }
@@ -93,6 +94,11 @@ async def livez(request: Request) -> str:
     service: Service = request.app.state.service
     if service.runner.failure:
         raise Unavailable(service.runner.failure)
+    if (stuck := service.runner.stuck_for()) > service.settings.stuck_s:
+        raise Unavailable(
+            f"an engine call has been running for {stuck:.0f} s, longer than --stuck-s={service.settings.stuck_s:g}; "
+            "the server must be restarted"
+        )
     return "alive\n"
 
 
@@ -103,8 +109,10 @@ async def readyz(request: Request) -> str:
     if reason := service.unavailable:
         raise Unavailable(reason)
     if not service.runner.ready.is_set():
+        done, total = service.runner.warmed
         raise Unavailable(
-            "the engine is warming up; requests are accepted and wait", headers={"retry-after": "1"}
+            f"the engine is warming up, {done} of {total} calls made; requests are accepted and wait",
+            headers={"retry-after": "1"},
         )
     return "ready\n"
 
@@ -145,6 +153,7 @@ def _document(
                 "b64_json": base64.b64encode(image.data).decode("ascii"),
                 "seed": image.seed,
                 "steps": image.steps,
+                "planned_steps": image.planned_steps,
                 "timings_ms": {stage: _ms(getattr(image.spans, stage)) for stage in STAGES},
             }
             for image in made

@@ -104,9 +104,11 @@ class Scheduler:
         self._tasks[task.id] = task
 
     def cancel(self, id: int) -> int:
-        """Forget a picture, also one whose call is running; the steps it will not run (0: it is not here any more)."""
+        """Forget a picture; the steps it will not run, which is none if it is not here. A running step is not saved."""
         task = self._tasks.pop(id, None)
-        return task.left if task else 0
+        if task is None:
+            return 0
+        return task.left - (task.running and task.stage == "denoise")
 
     def schedule(self, now: float, stages: Iterable[Stage] = STAGES) -> Call | None:
         """The next call among `stages`, or None when there is nothing for them. Its members run until `postprocess`."""
@@ -167,6 +169,13 @@ class Scheduler:
         """Let predictions grow when deadlines break, and shrink when they hold, until `BROKEN` of them break."""
         if task.deadline < inf:
             self._stretch = max(1.0, self._stretch + LEARN * ((now > task.deadline) - BROKEN))
+
+    def leaving(self, now: float, count: int) -> float:
+        """Seconds until `count` of the pictures should be finished, everybody at its present plan."""
+        self._pace(now)
+        order = sorted(self._tasks.values(), key=lambda task: self._rank(task, now))
+        finishes = sorted(self._finishes(order, now, cap=max((task.planned for task in order), default=1)).values())
+        return max(0.0, finishes[min(count, len(finishes)) - 1] - now) if finishes else 0.0
 
     # The parts of the policy.
 

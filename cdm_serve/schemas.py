@@ -24,6 +24,8 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 # A seed that nobody chose is short enough to retype and exact in JavaScript.
 DRAWN_SEEDS = 2**32
+MAX_DEADLINE_MS = 3_600_000
+MAX_PRIORITY = 9
 
 
 class GenerateRequest(BaseModel):
@@ -33,7 +35,16 @@ class GenerateRequest(BaseModel):
 
     prompt: Annotated[str, Field(description="what to draw; unknown words are no error")]
     seed: Annotated[int | None, Field(description="seed of the first picture; the next has seed + 1")] = None
-    steps: Annotated[int | None, Field(description="denoising steps")] = None
+    steps: Annotated[
+        int | Literal["auto"] | None,
+        Field(description="denoising steps; auto: the default, or fewer where the deadline would be missed otherwise"),
+    ] = None
+    min_steps: Annotated[int | None, Field(description="with steps=auto: the fewest to be content with")] = None
+    deadline_ms: Annotated[
+        int | None,
+        Field(description="milliseconds until the pictures are wanted; refused at once if that cannot be"),
+    ] = None
+    priority: Annotated[int, Field(description="larger goes first")] = 0
     num_images: Annotated[int, Field(description="pictures to make")] = 1
     width: Annotated[int | None, Field(description="pixels across")] = None
     height: Annotated[int | None, Field(description="pixels down")] = None
@@ -57,6 +68,10 @@ class Order:
     height: int
     format: Format
     as_json: bool
+    min_steps: int | None = None
+    """The fewest that will do; none: exactly `steps`."""
+    deadline_s: float | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ class Limits:
     default_size: tuple[int, int]
     max_images: int
     max_prompt_chars: int
+    auto_deadline_ms: int
 
     @classmethod
     def of(cls, settings: ServeSettings, manifest: Manifest) -> Limits:
@@ -88,19 +104,25 @@ class Limits:
             default_size=(manifest.default_size.width, manifest.default_size.height),
             max_images=settings.max_images,
             max_prompt_chars=settings.max_prompt_chars,
+            auto_deadline_ms=settings.auto_deadline_ms,
         )
 
     def order(self, request: GenerateRequest) -> Order:
         """Fill in the defaults and check every value; every broken limit is named in one error."""
         seed = secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed
+        auto = request.steps == "auto"
+        deadline_ms = self.auto_deadline_ms if auto and request.deadline_ms is None else request.deadline_ms
         order = Order(
             prompt=request.prompt,
             seeds=tuple((seed + i) % (MAX_SEED + 1) for i in range(min(request.num_images, self.max_images))),
-            steps=self.default_steps if request.steps is None else request.steps,
+            steps=self.default_steps if request.steps is None or request.steps == "auto" else request.steps,
             width=self.default_size[0] if request.width is None else request.width,
             height=self.default_size[1] if request.height is None else request.height,
             format=request.format,
             as_json=request.response_format == "json" or request.num_images > 1,
+            min_steps=(request.min_steps or 1) if auto else None,
+            deadline_s=None if deadline_ms is None else deadline_ms / 1e3,
+            priority=request.priority,
         )
         if problems := [*self._text_problems(request), *self._number_problems(request, order)]:
             raise InvalidRequest("; ".join(message for _, message in problems), param=problems[0][0])
@@ -127,6 +149,21 @@ class Limits:
             problems.append(
                 ("steps", f"steps={_number(order.steps)} is not offered; allowed: {_listed(self.steps)}")
             )
+        if request.min_steps is not None:
+            if request.steps != "auto":
+                problems.append(
+                    ("min_steps", f"min_steps={_number(request.min_steps)} goes with steps=\"auto\"; ask for that, or leave it out")
+                )
+            elif not 1 <= request.min_steps <= self.default_steps:
+                problems.append(
+                    ("min_steps", f"min_steps={_number(request.min_steps)} is outside 1 to {self.default_steps}")
+                )
+        if request.deadline_ms is not None and not 1 <= request.deadline_ms <= MAX_DEADLINE_MS:
+            problems.append(
+                ("deadline_ms", f"deadline_ms={_number(request.deadline_ms)} is outside 1 to {MAX_DEADLINE_MS}")
+            )
+        if not 0 <= request.priority <= MAX_PRIORITY:
+            problems.append(("priority", f"priority={_number(request.priority)} is outside 0 to {MAX_PRIORITY}"))
         if not 1 <= request.num_images <= self.max_images:
             problems.append(
                 ("num_images", f"num_images={_number(request.num_images)} is outside 1 to {self.max_images}")
@@ -150,7 +187,10 @@ class Limits:
         fields = {name: _plain(field) for name, field in schema["properties"].items()}
         fields["prompt"] |= {"minLength": 1, "maxLength": self.max_prompt_chars, "example": "red apple"}
         fields["seed"] |= {"minimum": 0, "maximum": MAX_SEED}
-        fields["steps"] |= {"enum": list(self.steps), "default": self.default_steps}
+        fields["steps"] |= {"enum": [*self.steps, "auto"], "default": self.default_steps}
+        fields["min_steps"] |= {"minimum": 1, "maximum": self.default_steps, "default": 1}
+        fields["deadline_ms"] |= {"minimum": 1, "maximum": MAX_DEADLINE_MS}
+        fields["priority"] |= {"minimum": 0, "maximum": MAX_PRIORITY}
         fields["num_images"] |= {"minimum": 1, "maximum": self.max_images}
         fields["width"] |= {
             "enum": sorted({width for width, _ in self.sizes}),
@@ -176,6 +216,8 @@ def parse_body(body: bytes) -> GenerateRequest:
         problems = error.errors(include_url=False, include_context=False)
     if problems[0]["type"] == "json_invalid":
         raise MalformedBody(f"the body is not JSON ({problems[0]['msg'].removeprefix('Invalid JSON: ')})")
+    # A field of several types has a problem for each of them: one is enough.
+    problems = list({problem["loc"][:1]: problem for problem in reversed(problems)}.values())[::-1]
     names = [".".join(str(part) for part in problem["loc"][:1]) or "body" for problem in problems]
     messages = [_type_message(name, problem) for name, problem in zip(names, problems, strict=True)]
     raise InvalidRequest("; ".join(messages), param=None if names[0] == "body" else names[0])
@@ -191,6 +233,8 @@ def _type_message(name: str, problem: Any) -> str:
         return 'the body must be a JSON object such as {"prompt": "red apple"}'
     options = [str(option) for option in _options(known[name].annotation)]
     wanted = f"one of {', '.join(options)}" if options else _type_name(known[name].annotation)
+    if int in get_args(known[name].annotation) and options:
+        wanted = f"an integer or {', '.join(options)}"
     return f"{name}={_quoted(problem['input'])} must be {wanted}"
 
 
@@ -223,4 +267,5 @@ def _plain(field: dict[str, Any]) -> dict[str, Any]:
     """Write an optional field as its type: leaving it out and null mean the same."""
     options = [option for option in field.pop("anyOf", []) if option != {"type": "null"}]
     plain = {key: value for key, value in field.items() if key != "title" and value is not None}
-    return {**plain, **(options[0] if options else {})}
+    # Several types show in their values (an enum), which the caller adds.
+    return {**plain, **(options[0] if len(options) == 1 else {})}

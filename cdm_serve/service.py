@@ -15,12 +15,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cdm_serve.admission import Costs, Permits
+from cdm_serve.admission import Permits
+from cdm_serve.baselines import POLICIES
+from cdm_serve.costs import CostModel
+from cdm_serve.embeddings import EmbeddingCache
 from cdm_serve.errors import GenerationFailed, ServeError, Unavailable
 from cdm_serve.images import encode_image
 from cdm_serve.metrics import Metrics
@@ -28,6 +32,7 @@ from cdm_serve.picture import Picture, Spans
 from cdm_serve.runner import Runner
 from cdm_serve.schemas import FORMATS, Limits, Order
 from cdm_serve.settings import ServeSettings
+from cdm_serve.stages import Stages
 from engines.base import Engine
 
 log = logging.getLogger("cdm_serve.service")
@@ -35,10 +40,11 @@ log = logging.getLogger("cdm_serve.service")
 
 @dataclass(frozen=True)
 class Made:
-    """One finished picture: its file's bytes, its seed, the steps really run and where its time went."""
+    """One finished picture: its file's bytes, its seed, the steps asked for and really run, where its time went."""
 
     data: bytes
     seed: int
+    planned_steps: int
     steps: int
     spans: Spans
 
@@ -46,7 +52,7 @@ class Made:
 class Service:
     """Admission, runner and image encoders of one engine. Used as an async context manager; leaving it drains."""
 
-    def __init__(self, settings: ServeSettings, engine: Engine) -> None:
+    def __init__(self, settings: ServeSettings, engine: Engine, costs: CostModel | None = None) -> None:
         self.settings = settings
         self.engine = engine
         self.limits = Limits.of(settings, engine.manifest)
@@ -54,9 +60,11 @@ class Service:
         self.metrics.model.info(
             {"name": engine.manifest.name, "runtime": engine.info.runtime, "precision": engine.info.precision}
         )
-        costs = Costs()
-        self.permits = Permits(settings.queue_limit, engine.info.max_batch, costs)
-        self.runner = Runner(engine, self.metrics, costs, settings.embedding_cache)
+        self.costs = CostModel() if costs is None else costs
+        stages = Stages(engine, self.metrics, self.costs, EmbeddingCache(settings.embedding_cache))
+        scheduler = POLICIES[settings.policy](self.costs, engine.info.max_batch, settings.aging_s)
+        self.runner = Runner(stages, scheduler, self.metrics)
+        self.permits = Permits(settings.queue_limit, self.runner.wait_for)
         self.draining = False
         self._pool = ThreadPoolExecutor(settings.image_workers, thread_name_prefix="cdm-image")
         self._loop: asyncio.AbstractEventLoop
@@ -98,12 +106,15 @@ class Service:
 
         Raises:
             QueueFull: there are not enough permits.
+            DeadlineInfeasible: its deadline could not be met.
             Unavailable: the server is stopping, or its engine is broken.
             GenerationFailed: the engine failed on one of the pictures.
         """
         if reason := self.unavailable:
             raise Unavailable(reason)
-        with self.permits.take(len(order.seeds), order.steps):
+        arrival = time.perf_counter()
+        deadline = inf if order.deadline_s is None else arrival + order.deadline_s
+        with self.permits.take(len(order.seeds)):
             tokens = self.engine.tokenize(order.prompt)
             sigmas = self.engine.manifest.sigmas(order.steps)
             futures: list[asyncio.Future[Made]] = [self._loop.create_future() for _ in order.seeds]
@@ -115,6 +126,10 @@ class Service:
                     order.width,
                     order.height,
                     reply=partial(self._finish, order, future),
+                    deadline=deadline,
+                    priority=order.priority,
+                    min_steps=order.min_steps,
+                    arrival=arrival,
                 )
                 for seed, future in zip(order.seeds, futures, strict=True)
             ]
@@ -164,7 +179,9 @@ class Service:
             return
         picture.spans.image_encode = time.perf_counter() - started
         self.metrics.record(picture.spans)
-        self._tell(future, Made(data, picture.seed, picture.step, picture.spans))
+        if time.perf_counter() > picture.deadline:
+            self.metrics.deadline_missed.inc()
+        self._tell(future, Made(data, picture.seed, order.steps, picture.step, picture.spans))
 
     def _tell(self, future: asyncio.Future[Made], result: Made | ServeError) -> None:
         with contextlib.suppress(RuntimeError):  # a loop that was stopped by force has nobody to tell

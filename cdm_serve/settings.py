@@ -45,6 +45,20 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
     )
     max_body_bytes: int = Field(65536, ge=256, le=2**30, description="longest request body, in bytes")
 
+    policy: Literal["step", "request", "none"] = Field(
+        "step",
+        description="who shares an engine call; step: joining and leaving at every step; request: whole requests of "
+        "equal steps; none: one picture at a time (the last two to compare with)",
+    )
+    aging_s: float = Field(
+        5.0, gt=0, le=3600, description="seconds of waiting that raise a picture by one priority"
+    )
+    auto_deadline_ms: int = Field(
+        1000, ge=1, le=3_600_000, description='deadline of requests with steps="auto" that give none'
+    )
+    stuck_s: float = Field(
+        60.0, gt=0, le=86400, description="seconds after which a running engine call counts as stuck: /livez fails"
+    )
     queue_limit: int = Field(
         64, ge=1, le=1_000_000, description="pictures accepted and unfinished; more get 429"
     )

@@ -58,10 +58,12 @@ class EngineInfo:
     precision: str
     max_batch: int
     threads: int
+    overlap: bool = False
+    """Whether a decode call may run, from another thread, while encode or denoise does, and gains by it."""
 
 
 class Engine(ABC):
-    """One bundle, loaded on one runtime. Calls come from one thread at a time.
+    """One bundle, loaded on one runtime. Calls come from one thread at a time (`info.overlap`: from two).
 
     Every method takes and returns one entry per picture, `1 ≤ batch ≤ info.max_batch`, and raises
     `ExecutionError` when the device fails.

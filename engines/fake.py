@@ -59,6 +59,7 @@ class FakeEngine(Engine):
         *,
         cost: Cost | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        overlap: bool = False,
     ) -> None:
         given = {
             "precision": (options.precision, "auto"),
@@ -79,6 +80,7 @@ class FakeEngine(Engine):
             precision="float32",
             max_batch=options.max_batch,
             threads=1,
+            overlap=overlap,
         )
         self.calls: deque[tuple[str, int]] = deque(maxlen=CALLS_KEPT)
         self._cost = cost
