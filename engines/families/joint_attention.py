@@ -42,7 +42,9 @@ class JointAttention:
         if attn.context_pre_only:  # the last block: nobody reads what text would learn from attention
             return _output(attn, _attend(query, key, value, mask)), None
         joint_BLD = _attend(torch.cat([query, text_query], dim=2), key, value, mask)
-        pixels, words = joint_BLD.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1)
+        pixels, words = torch.split(
+            joint_BLD, [hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1
+        )
         return _output(attn, pixels), attn.to_add_out(words)
 
 
@@ -57,7 +59,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
 
 
 def _heads(attn: Attention, *projected: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.unflatten(2, (attn.heads, -1)).transpose(1, 2) for tensor in projected)
+    return tuple(torch.unflatten(tensor, 2, (attn.heads, -1)).transpose(1, 2) for tensor in projected)
 
 
 def _project(attn: Attention, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
