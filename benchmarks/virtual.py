@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cdm_serve.costs import CostModel
-from cdm_serve.scheduler import Scheduler, Task
+from cdm_serve.scheduler import Scheduler
+from cdm_serve.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """When a picture arrived and left, in seconds, in how many steps, and the largest batch that it was in."""
+    """When a picture arrived and left, in seconds, and in how many steps."""
 
     id: int
     arrival: float
@@ -25,8 +26,10 @@ class Outcome:
     steps: int
 
 
-def run_replica(scheduler: Scheduler, tasks: Iterable[Task], truth: CostModel | None = None, admit: bool = False) -> list[Outcome]:
-    """Serve `tasks` (sorted by arrival) to the end. `truth`: what calls really cost, if not what the scheduler thinks."""
+def run_replica(
+    scheduler: Scheduler, tasks: Iterable[Task], truth: CostModel | None = None, admit: bool = False
+) -> list[Outcome]:
+    """Serve `tasks` (sorted by arrival) to the end. `truth`: what calls really cost, where the scheduler is wrong."""
     costs = truth or scheduler.costs
     pending: Sequence[Task] = list(tasks)
     by_id = {task.id: task for task in pending}

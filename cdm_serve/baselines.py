@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cdm_serve.costs import STAGES, TEXT, CostModel, Stage
-from cdm_serve.scheduler import Call, Scheduler, Task
+from cdm_serve.scheduler import Scheduler
+from cdm_serve.tasks import Call
 
 
 class RequestBatching(Scheduler):
-    """Whole requests, oldest first, in groups of up to `max_batch`. Deadlines, priorities and elastic steps are not seen."""
+    """Whole requests, oldest first, in groups of up to `max_batch`; deadlines, priorities and `auto` are not seen."""
 
     def __init__(self, costs: CostModel, max_batch: int, aging_s: float = 5.0) -> None:
         super().__init__(costs, max_batch, aging_s)

@@ -65,7 +65,9 @@ class DeadlineInfeasible(ServeError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         seconds, ms = math.ceil(retry_after_s), math.ceil(retry_after_s * 1e3)
         super().__init__(
-            message, param="deadline_ms", headers={"retry-after": str(max(1, seconds)), "retry-after-ms": str(ms)}
+            message,
+            param="deadline_ms",
+            headers={"retry-after": str(max(1, seconds)), "retry-after-ms": str(ms)},
         )
 
 

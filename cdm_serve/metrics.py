@@ -65,7 +65,9 @@ class Metrics:
             "cdm_cancelled_steps", "Steps not run because the client had left", registry=registry
         )
         self.deadline_missed = Counter(
-            "cdm_deadline_missed", "Pictures accepted with a deadline and finished after it", registry=registry
+            "cdm_deadline_missed",
+            "Pictures accepted with a deadline and finished after it",
+            registry=registry,
         )
         self.cache_hits = Counter("cdm_cache_hits", "Look-ups a cache answered", ["cache"], registry=registry)
         self.cache_misses = Counter("cdm_cache_misses", "Look-ups it did not", ["cache"], registry=registry)

@@ -45,6 +45,10 @@ class Picture:
     width: int
     height: int
     reply: Callable[[Picture, NDArray[np.uint8] | ServeError], None]
+    preview: Callable[[Picture, NDArray[np.uint8]], None] | None = None
+    """Called like `reply`, with x̂0 decoded, after some of the steps before the last."""
+    previews: int = 0
+    """How many of them are wanted; fewer come when there are fewer steps."""
     deadline: float = inf
     priority: int = 0
     min_steps: int | None = None
@@ -57,6 +61,16 @@ class Picture:
     estimate: Sample = field(default=None, init=False)  # x̂0 after its last step
     step: int = field(default=0, init=False)  # steps really run
     compute: float = field(default=0.0, init=False)  # its share of every step's span
+
+    @property
+    def preview_due(self) -> bool:
+        """Whether x̂0 after the step just run is one of the wanted previews: those are spread evenly over the steps."""
+        left = len(self.remaining) - 1
+        if self.preview is None or not left:
+            return False
+        steps = self.step + left
+        wanted = min(self.previews, steps - 1)
+        return self.step * (wanted + 1) // steps > (self.step - 1) * (wanted + 1) // steps
 
     @property
     def bucket(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ Schedules = Mapping[int, tuple[float, ...]]
 
 
 def replan(schedules: Schedules, sigma: float, left: int) -> tuple[float, ...]:
-    """`left + 1` falling sigmas from `sigma` to 0: evenly spaced in u. From noise, the bundle's own where it has one."""
+    """`left + 1` falling sigmas from `sigma` to 0, evenly spaced in u; from noise the bundle's, if it has them."""
     assert 0 < sigma <= 1
     assert left >= 1
     if sigma == 1.0 and left in schedules:

@@ -14,9 +14,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from cdm_serve.errors import ClientGone, Unavailable
 from cdm_serve.front import read_json_body
 from cdm_serve.images import MEDIA_TYPES
+from cdm_serve.limits import Order
 from cdm_serve.metrics import CONTENT_TYPE_LATEST
 from cdm_serve.picture import STAGES
-from cdm_serve.schemas import FORMATS, Order, parse_body
+from cdm_serve.schemas import FORMATS, parse_body
 from cdm_serve.service import Made, Service
 from engines.noise import MAX_SEED
 
@@ -31,7 +32,9 @@ ERROR_DOCS: dict[int | str, dict[str, Any]] = {
     422: {
         "description": "A field has a value that cannot be served; the message names field, value and limit"
     },
-    429: {"description": "The queue is full or the deadline cannot be met; Retry-After says when to come back"},
+    429: {
+        "description": "The queue is full or the deadline cannot be met; Retry-After says when to come back"
+    },
     500: {"description": "The engine failed on this picture"},
     503: {"description": "The server is stopping, or its engine is broken"},
 }

@@ -21,12 +21,14 @@ from cdm_serve.costs import STAGES, TEXT, Stage
 from cdm_serve.errors import DeadlineInfeasible, GenerationFailed, ServeError, Unavailable
 from cdm_serve.metrics import Metrics
 from cdm_serve.picture import Picture
-from cdm_serve.scheduler import Call, Scheduler, Task
+from cdm_serve.scheduler import Scheduler
 from cdm_serve.stages import Stages
+from cdm_serve.tasks import Call, Task
 from engines.errors import ExecutionError
 
 log = logging.getLogger("cdm_serve.runner")
 
+OUT_OF_TIME = "the server stopped before this picture was finished; send it again elsewhere"
 OVERLAPPED: tuple[tuple[Stage, ...], ...] = (("encode", "denoise"), ("decode",))
 
 
@@ -48,7 +50,8 @@ class Runner:
         self._cancelled: dict[int, Picture] = {}
         lanes = OVERLAPPED if stages.engine.info.overlap else (STAGES,)
         self._threads = [
-            threading.Thread(target=self._lane, args=(lane,), name=f"cdm-{lane[-1]}", daemon=True) for lane in lanes
+            threading.Thread(target=self._lane, args=(lane,), name=f"cdm-{lane[-1]}", daemon=True)
+            for lane in lanes
         ]
 
     # What other threads call.
@@ -141,7 +144,10 @@ class Runner:
             self._fail(list(self._pictures.values()), Unavailable(self.failure))
 
     def _next(self, stages: tuple[Stage, ...], wait: bool) -> tuple[Call, list[Picture]] | None:
-        """The next call for this lane and who is in it. None: stopping is done, another lane broke, or nobody waits and it shall not."""
+        """The next call for this lane and who is in it.
+
+        None: stopping is done, another lane broke, or nobody waits and this one shall not either.
+        """
         while True:
             late: list[Picture] = []
             with self._edge:
@@ -160,7 +166,7 @@ class Runner:
                     self._edge.wait(None if self._stop_at is None else max(0.0, self._stop_at - now) + 0.001)
                 else:
                     return None
-            self._fail(late, Unavailable("the server stopped before this picture was finished; send it again elsewhere"))
+            self._fail(late, Unavailable(OUT_OF_TIME))
 
     def _begin(self, call: Call, now: float) -> list[Picture]:
         self._calls[call] = now
@@ -182,6 +188,8 @@ class Runner:
             failed = _failed(call.stage, error)
         if failed is not None:
             self._fail(members, failed)
+        elif call.stage == "denoise":
+            self._preview(call, [picture for picture in members if picture.preview_due])
         with self._edge:
             del self._calls[call]
             for picture in members:
@@ -189,7 +197,9 @@ class Runner:
                     self._drop(picture)
             finished = set(self._scheduler.postprocess(call, time.perf_counter()))
             leaving = [
-                (picture, image) for picture, image in zip(members, images, strict=False) if picture.id in finished
+                (picture, image)
+                for picture, image in zip(members, images, strict=False)
+                if picture.id in finished
             ]
             for picture, _ in leaving:
                 del self._pictures[picture.id]
@@ -197,6 +207,20 @@ class Runner:
             self._edge.notify_all()
         for picture, image in leaving:
             picture.reply(picture, image)
+
+    def _preview(self, call: Call, pictures: Sequence[Picture]) -> None:
+        if not pictures:
+            return
+        try:
+            images = self._stages.previews(call.bucket, pictures)
+        except (
+            Exception
+        ) as error:  # the picture itself may still come; if the engine is broken, its next call tells
+            _failed("decode previews of", error)
+            return
+        for picture, image in zip(pictures, images, strict=True):
+            assert picture.preview is not None
+            picture.preview(picture, image)
 
     def _fail(self, pictures: Sequence[Picture], error: ServeError) -> None:
         with self._edge:

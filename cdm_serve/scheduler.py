@@ -20,63 +20,14 @@ The policy, at every edge between two engine calls:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from math import inf
 
-from cdm_serve.costs import STAGES, TEXT, Bucket, CostModel, Stage
+from cdm_serve.costs import STAGES, TEXT, CostModel, Stage
+from cdm_serve.tasks import Call, Task
 
 BROKEN = 0.02
 """The share of deadlines that predictions may break: fewer would refuse what could have been served."""
 LEARN = 0.05
-
-
-@dataclass(slots=True)
-class Task:
-    """One picture, as the policy sees it. Times in seconds; `steps` as asked for.
-
-    `min_steps` below `steps` lets the scheduler finish it in fewer. `encoded`: its text needs no encoding.
-    """
-
-    id: int
-    bucket: Bucket
-    steps: int
-    arrival: float
-    deadline: float = inf
-    priority: int = 0
-    min_steps: int | None = None
-    encoded: bool = False
-    done: int = field(default=0, init=False)
-    planned: int = field(default=0, init=False)
-    running: bool = field(default=False, init=False)
-
-    @property
-    def stage(self) -> Stage:
-        """What it needs next."""
-        if not self.encoded:
-            return "encode"
-        return "denoise" if self.left else "decode"
-
-    @property
-    def left(self) -> int:
-        """Denoising steps still to run under the present plan."""
-        return self.planned - self.done
-
-    def capped(self, cap: int) -> int:
-        """Total steps under `cap`. One that has begun needs a last step to σ = 0, unless it was that step."""
-        floor = self.steps if self.min_steps is None else self.min_steps
-        if self.done and self.done == self.planned:
-            return self.planned
-        return max(min(self.steps, cap), floor, self.done + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One engine call: a stage, who takes part (first in order first), and the steps each has left before it."""
-
-    stage: Stage
-    bucket: Bucket
-    ids: tuple[int, ...]
-    left: tuple[int, ...]
 
 
 class Scheduler:
@@ -160,9 +111,7 @@ class Scheduler:
         order = sorted([*before, task], key=lambda other: self._rank(other, now))
         held, holding = (self._finishes(tasks, now, cap=1) for tasks in (before, order))
         missed = [holding[task.id] - task.deadline]
-        missed += [
-            holding[other.id] - other.deadline for other in before if held[other.id] <= other.deadline
-        ]
+        missed += [holding[other.id] - other.deadline for other in before if held[other.id] <= other.deadline]
         return max(0.0, *missed)
 
     def _learn(self, task: Task, now: float) -> None:
@@ -174,7 +123,9 @@ class Scheduler:
         """Seconds until `count` of the pictures should be finished, everybody at its present plan."""
         self._pace(now)
         order = sorted(self._tasks.values(), key=lambda task: self._rank(task, now))
-        finishes = sorted(self._finishes(order, now, cap=max((task.planned for task in order), default=1)).values())
+        finishes = sorted(
+            self._finishes(order, now, cap=max((task.planned for task in order), default=1)).values()
+        )
         return max(0.0, finishes[min(count, len(finishes)) - 1] - now) if finishes else 0.0
 
     # The parts of the policy.
@@ -216,7 +167,7 @@ class Scheduler:
         return sum(finishes[task.id] <= task.deadline < inf for task in order)
 
     def _finishes(self, order: list[Task], now: float, cap: int) -> dict[int, float]:
-        """When each should be finished under `cap`, served in order at the most efficient batch; at its own pace at best."""
+        """When each should be finished under `cap`: served in order at full batches, and at best at its own pace."""
         finishes, ahead = {}, 0.0
         for task in order:
             steps = (task.planned if task.running else task.capped(cap)) - task.done
@@ -266,9 +217,7 @@ class Scheduler:
             together = self.costs.seconds("decode", bucket, len(group) + joining)
             saved = decode + self.costs.seconds("decode", bucket, joining) - together
             wait = steps * step
-            late = any(
-                now + decode <= task.deadline < now + wait + together for task in group
-            )
+            late = any(now + decode <= task.deadline < now + wait + together for task in group)
             if len(group) + joining <= self.max_batch and not late and others * saved > len(group) * wait:
                 return True
         return False

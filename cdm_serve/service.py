@@ -12,7 +12,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -27,10 +28,11 @@ from cdm_serve.costs import CostModel
 from cdm_serve.embeddings import EmbeddingCache
 from cdm_serve.errors import GenerationFailed, ServeError, Unavailable
 from cdm_serve.images import encode_image
+from cdm_serve.limits import Limits, Order
 from cdm_serve.metrics import Metrics
 from cdm_serve.picture import Picture, Spans
 from cdm_serve.runner import Runner
-from cdm_serve.schemas import FORMATS, Limits, Order
+from cdm_serve.schemas import FORMATS
 from cdm_serve.settings import ServeSettings
 from cdm_serve.stages import Stages
 from engines.base import Engine
@@ -47,6 +49,19 @@ class Made:
     planned_steps: int
     steps: int
     spans: Spans
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a picture would be if it ended after `step` steps: the file's bytes."""
+
+    data: bytes
+    seed: int
+    step: int
+
+
+Reply = Callable[[Picture, "NDArray[np.uint8] | ServeError"], None]
+OnPreview = Callable[[Picture, "NDArray[np.uint8]"], None]
 
 
 class Service:
@@ -110,32 +125,56 @@ class Service:
             Unavailable: the server is stopping, or its engine is broken.
             GenerationFailed: the engine failed on one of the pictures.
         """
+        futures: list[asyncio.Future[Made]] = [self._loop.create_future() for _ in order.seeds]
+        replies = [partial(self._finish, order, partial(self._tell, _resolve, future)) for future in futures]
+        with self._accepted(order, replies):
+            return await asyncio.gather(*futures)
+
+    async def stream(self, order: Order, previews: int) -> AsyncIterator[Preview | Made]:
+        """Make the one picture of `order`: up to `previews` previews, then the picture. Raises as `generate` does."""
+        assert len(order.seeds) == 1
+        events: asyncio.Queue[Future[Preview] | Made | ServeError] = asyncio.Queue()
+
+        def preview(picture: Picture, pixels: NDArray[np.uint8]) -> None:
+            # The queue keeps their order, whichever is encoded first.
+            self._tell(
+                events.put_nowait, self._pool.submit(self._preview, order, picture.seed, picture.step, pixels)
+            )
+
+        reply = partial(self._finish, order, partial(self._tell, events.put_nowait))
+        with self._accepted(order, [reply], preview, previews):
+            while True:
+                event: Any = await events.get()
+                if isinstance(event, Future):
+                    event = await asyncio.wrap_future(event)
+                if isinstance(event, ServeError):
+                    raise event
+                yield event
+                if isinstance(event, Made):
+                    return
+
+    @contextlib.contextmanager
+    def _accepted(
+        self, order: Order, replies: Sequence[Reply], preview: OnPreview | None = None, previews: int = 0
+    ) -> Iterator[None]:
+        """Submit the pictures of `order`, hold their permits, and drop them if the caller does not wait for the end."""
         if reason := self.unavailable:
             raise Unavailable(reason)
         arrival = time.perf_counter()
-        deadline = inf if order.deadline_s is None else arrival + order.deadline_s
         with self.permits.take(len(order.seeds)):
             tokens = self.engine.tokenize(order.prompt)
-            sigmas = self.engine.manifest.sigmas(order.steps)
-            futures: list[asyncio.Future[Made]] = [self._loop.create_future() for _ in order.seeds]
             pictures = [
                 Picture(
-                    tokens,
-                    seed,
-                    sigmas,
-                    order.width,
-                    order.height,
-                    reply=partial(self._finish, order, future),
-                    deadline=deadline,
-                    priority=order.priority,
-                    min_steps=order.min_steps,
-                    arrival=arrival,
+                    tokens, seed, self.engine.manifest.sigmas(order.steps), order.width, order.height, reply,
+                    preview=preview, previews=previews, arrival=arrival,
+                    deadline=inf if order.deadline_s is None else arrival + order.deadline_s,
+                    priority=order.priority, min_steps=order.min_steps,
                 )
-                for seed, future in zip(order.seeds, futures, strict=True)
-            ]
+                for seed, reply in zip(order.seeds, replies, strict=True)
+            ]  # fmt: skip
             self.runner.submit(pictures)
             try:
-                return await asyncio.gather(*futures)
+                yield
             except BaseException:
                 self.runner.cancel(pictures)
                 raise
@@ -151,41 +190,46 @@ class Service:
             "model": self.engine.manifest.name,
         }
 
-    # The runner's thread replies, the pool encodes, the loop hears of it once.
+    # The runner's threads reply, the pool encodes, the loop hears of it once.
 
     def _finish(
         self,
         order: Order,
-        future: asyncio.Future[Made],
+        tell: Callable[[Made | ServeError], None],
         picture: Picture,
         outcome: NDArray[np.uint8] | ServeError,
     ) -> None:
         if isinstance(outcome, ServeError):
-            self._tell(future, outcome)
+            tell(outcome)
         else:
-            self._pool.submit(self._encode, order, future, picture, outcome)
+            self._pool.submit(self._encode, order, tell, picture, outcome)
 
     def _encode(
-        self, order: Order, future: asyncio.Future[Made], picture: Picture, pixels: NDArray[np.uint8]
+        self,
+        order: Order,
+        tell: Callable[[Made | ServeError], None],
+        picture: Picture,
+        pixels: NDArray[np.uint8],
     ) -> None:
         started = time.perf_counter()
         try:
             data = encode_image(pixels, order.format, self.parameters(order, picture.seed, picture.step))
         except Exception as error:
             log.exception("encoding a picture as %s failed", order.format)
-            self._tell(
-                future, GenerationFailed(f"the picture could not be encoded as {order.format}: {error}")
-            )
+            tell(GenerationFailed(f"the picture could not be encoded as {order.format}: {error}"))
             return
         picture.spans.image_encode = time.perf_counter() - started
         self.metrics.record(picture.spans)
         if time.perf_counter() > picture.deadline:
             self.metrics.deadline_missed.inc()
-        self._tell(future, Made(data, picture.seed, order.steps, picture.step, picture.spans))
+        tell(Made(data, picture.seed, order.steps, picture.step, picture.spans))
 
-    def _tell(self, future: asyncio.Future[Made], result: Made | ServeError) -> None:
+    def _preview(self, order: Order, seed: int, step: int, pixels: NDArray[np.uint8]) -> Preview:
+        return Preview(encode_image(pixels, order.format, self.parameters(order, seed, step)), seed, step)
+
+    def _tell(self, callback: Callable[..., object], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # a loop that was stopped by force has nobody to tell
-            self._loop.call_soon_threadsafe(_resolve, future, result)
+            self._loop.call_soon_threadsafe(callback, *args)
 
 
 def _resolve(future: asyncio.Future[Made], result: Made | ServeError) -> None:

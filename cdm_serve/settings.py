@@ -57,7 +57,10 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
         1000, ge=1, le=3_600_000, description='deadline of requests with steps="auto" that give none'
     )
     stuck_s: float = Field(
-        60.0, gt=0, le=86400, description="seconds after which a running engine call counts as stuck: /livez fails"
+        60.0,
+        gt=0,
+        le=86400,
+        description="seconds after which a running engine call counts as stuck: /livez fails",
     )
     queue_limit: int = Field(
         64, ge=1, le=1_000_000, description="pictures accepted and unfinished; more get 429"

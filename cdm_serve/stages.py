@@ -1,4 +1,4 @@
-"""What an engine call does to the pictures in it. No policy, no threads: one call in, pictures changed, spans recorded."""
+"""What an engine call does to the pictures in it: no policy, no threads. Spans are recorded here."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from cdm_serve.embeddings import EmbeddingCache
 from cdm_serve.metrics import Metrics
 from cdm_serve.picture import Picture
 from cdm_serve.replan import replan
-from cdm_serve.scheduler import Call
-from engines.base import Conditioning, Engine, TokenIds
+from cdm_serve.tasks import Call
+from engines.base import Conditioning, Engine, Sample, TokenIds
 from engines.noise import noise
 
 
 class Stages:
     """The engine's three components over pictures. Calls of one stage come from one thread at a time."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, costs: CostModel, embeddings: EmbeddingCache) -> None:
+    def __init__(
+        self, engine: Engine, metrics: Metrics, costs: CostModel, embeddings: EmbeddingCache
+    ) -> None:
         self.engine = engine
         self.costs = costs
         self._metrics = metrics
         self._embeddings = embeddings
         self._lock = Lock()
+        self._decoding = Lock()
         self._warm: list[Conditioning] = []
 
     def embedded(self, picture: Picture) -> bool:
@@ -39,7 +42,7 @@ class Stages:
         return picture.conditioning is not None
 
     def run(self, call: Call, pictures: Sequence[Picture]) -> list[NDArray[np.uint8]]:
-        """Run `call` for its pictures; decoding returns their images `(height, width, 3)`. Raises what the engine does."""
+        """Run `call` for its pictures; decoding returns images `(height, width, 3)`. Raises what the engine does."""
         if call.stage == "encode":
             self._encode(pictures)
         elif call.stage == "denoise":
@@ -90,12 +93,21 @@ class Stages:
             picture.compute += span / len(pictures)
 
     def _decode(self, call: Call, pictures: Sequence[Picture]) -> list[NDArray[np.uint8]]:
-        started = time.perf_counter()
-        images = self.engine.decode([picture.sample for picture in pictures])
-        span = self._spent("decode", call.bucket, len(pictures), started)
+        images, span = self._decoded(call.bucket, [picture.sample for picture in pictures])
         for picture in pictures:
             picture.spans.decode = span
-        return list(images)
+        return images
+
+    def previews(self, bucket: Bucket, pictures: Sequence[Picture]) -> list[NDArray[np.uint8]]:
+        """What `pictures`, of one shape, would be if they ended here: x̂0 of their last step, decoded."""
+        return self._decoded(bucket, [picture.estimate for picture in pictures])[0]
+
+    def _decoded(self, bucket: Bucket, samples: list[Sample]) -> tuple[list[NDArray[np.uint8]], float]:
+        with self._decoding:  # previews come from the denoising thread
+            started = time.perf_counter()
+            images = self.engine.decode(samples)
+            span = self._spent("decode", bucket, len(samples), started)
+        return list(images), span
 
     def warm_up(self, stage: Stage, bucket: Bucket, batch: int) -> None:
         """One call of `stage` on made-up pictures: whatever it compiles or allocates is there then, and measured.

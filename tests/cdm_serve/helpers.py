@@ -82,12 +82,17 @@ class App:
         return self.service.metrics.registry.get_sample_value(name, labels) or 0.0
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
-        pause = threading.Event()
-        for _ in range(int(PATIENCE_S / 0.002)):
-            if happened():
-                return
-            pause.wait(0.002)
-        raise AssertionError("it never happened")
+        wait_until(happened)
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    """Return once it has happened; a test fails that waits for too long."""
+    pause = threading.Event()
+    for _ in range(int(PATIENCE_S / 0.002)):
+        if happened():
+            return
+        pause.wait(0.002)
+    raise AssertionError("it never happened")
 
 
 def error_of(response: Any) -> dict[str, Any]:

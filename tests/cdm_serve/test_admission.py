@@ -27,7 +27,9 @@ def test_refusal_takes_nothing_and_names_value_limit_and_when() -> None:
     permits = Permits(4, wait_for)
     with permits.take(3):
         with (
-            pytest.raises(QueueFull, match=r"3 pictures are in work and 2 more exceed --queue-limit=4") as full,
+            pytest.raises(
+                QueueFull, match=r"3 pictures are in work and 2 more exceed --queue-limit=4"
+            ) as full,
             permits.take(2),
         ):
             pass

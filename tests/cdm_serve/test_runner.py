@@ -21,7 +21,7 @@ from cdm_serve.stages import Stages
 from engines.base import EngineOptions
 from engines.bundle import Bundle
 from engines.fake import FakeEngine
-from tests.cdm_serve.helpers import PATIENCE_S, FixedCosts, Gate
+from tests.cdm_serve.helpers import PATIENCE_S, FixedCosts, Gate, wait_until
 
 Outcome = NDArray[np.uint8] | ServeError
 
@@ -29,11 +29,12 @@ Outcome = NDArray[np.uint8] | ServeError
 class Bench:
     """A runner with a gated engine, and what it replied."""
 
-    def __init__(self, bundle: Bundle, max_batch: int, cache: int) -> None:
+    def __init__(self, bundle: Bundle, max_batch: int, cache: int, overlap: bool = False) -> None:
         self.gate = Gate()
         self.engine = FakeEngine(
-            bundle, EngineOptions(max_batch=max_batch), cost=self.gate.cost, sleep=lambda _: None
-        )
+            bundle, EngineOptions(max_batch=max_batch), cost=self.gate.cost, sleep=lambda _: None,
+            overlap=overlap,
+        )  # fmt: skip
         self.metrics = Metrics()
         stages = Stages(self.engine, self.metrics, FixedCosts(), EmbeddingCache(cache))
         self.runner = Runner(stages, Scheduler(stages.costs, max_batch), self.metrics)
@@ -304,3 +305,17 @@ def test_spans_are_real_and_add_up(bench: Callable[..., Bench]) -> None:
     assert min(spans.queue, spans.encode, spans.denoise, spans.decode) > 0
     assert spans.denoise == pytest.approx(b.metric("cdm_step_seconds_sum"))
     assert b.metric("cdm_step_seconds_count") == 4
+
+
+def test_decoding_overlaps_denoising_where_the_runtime_allows(bundle: Bundle) -> None:
+    b = Bench(bundle, max_batch=1, cache=8, overlap=True)
+    b.start()
+    b.gate.close("decode")
+    b.runner.submit([b.picture("cat", 1, 1)])
+    b.gate.wait()  # its decoding is held back
+    b.runner.submit([b.picture("dog", 2, 3)])
+    wait_until(lambda: b.engine.calls.count(("denoise", 1)) == 4)
+    b.gate.open()
+    assert set(b.replied(2)) == {1, 2}
+    b.runner.stop(PATIENCE_S)
+    b.runner.join()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cdm_serve.baselines import POLICIES
 from cdm_serve.costs import TEXT, CostModel
-from cdm_serve.scheduler import Call, Scheduler, Task
+from cdm_serve.scheduler import Scheduler
+from cdm_serve.tasks import Call, Task
 
 BUCKETS = ("small", "large")
 POLICY = st.sampled_from(sorted(POLICIES))
@@ -222,14 +223,13 @@ def test_batch_grows_only_while_it_pays() -> None:
 def test_decoding_waits_for_company_where_that_saves_everybody_time() -> None:
     """Six wait behind two that are done and two that will be a step later: one decode call instead of two."""
     costs = costs_of(call=1.0, each=0.01)
-    for batch in (1, 8):
-        costs = CostModel.of([row for row in costs.rows() if row[0] != "decode"])
-        for size in (1, 8):
-            costs.record("decode", "small", size, 2.0)
+    costs = CostModel.of([row for row in costs.rows() if row[0] != "decode"])
+    for size in (1, 8):
+        costs.record("decode", "small", size, 2.0)
     asked = [Wish(steps=1, encoded=True)] * 2 + [Wish(steps=2, encoded=True)] * 2
     asked += [Wish(arrival=0.1, steps=4, encoded=True)] * 6
     log = simulate(asked, Scheduler(costs, max_batch=4))
-    assert [len(call.ids) for _, call, _, _ in log if call.stage == "decode"][0] == 4
+    assert next(len(call.ids) for _, call, _, _ in log if call.stage == "decode") == 4
 
 
 def test_tighter_deadline_goes_first_and_a_lost_one_last() -> None:
