@@ -11,10 +11,10 @@ from cdm_serve.errors import QueueFull
 class Permits:
     """At most `capacity` unfinished pictures. All calls come from the event loop.
 
-    `wait_for`: whole seconds until that many of the pictures in work should be finished.
+    `wait_for`: seconds until that many of the pictures in work should be finished.
     """
 
-    def __init__(self, capacity: int, wait_for: Callable[[int], int]) -> None:
+    def __init__(self, capacity: int, wait_for: Callable[[int], float]) -> None:
         self.capacity = capacity
         self.in_use = 0
         self._wait_for = wait_for
@@ -30,7 +30,7 @@ class Permits:
             seconds = self._wait_for(self.in_use + pictures - self.capacity)
             raise QueueFull(
                 f"{self.in_use} pictures are in work and {pictures} more exceed --queue-limit={self.capacity}; "
-                f"try again in {seconds} s, or ask for fewer",
+                f"try again in {max(0.001, round(seconds, 3)):g} s, or ask for fewer",
                 retry_after_s=seconds,
             )
         self.in_use += pictures

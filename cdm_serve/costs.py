@@ -88,7 +88,7 @@ class CostModel:
         """Everything measured: (stage, bucket, batch, seconds), sorted."""
         found = [
             (stage, bucket, batch, seconds)
-            for (stage, bucket), curve in self._curves.items()
+            for (stage, bucket), curve in list(self._curves.items())  # the runner may add one meanwhile
             for batch, seconds in curve
         ]
         return sorted(found, key=lambda row: (STAGES.index(row[0]), repr(row[1]), row[2]))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cdm_serve.errors import InvalidRequest
+from cdm_serve.images import QUALITY
 from cdm_serve.schemas import Format, GenerateRequest, listed, number
 from cdm_serve.settings import ServeSettings
 from engines.bundle import Manifest
@@ -34,6 +35,12 @@ class Order:
     """The fewest that will do; none: exactly `steps`."""
     deadline_s: float | None = None
     priority: int = 0
+    quality: int = QUALITY
+    """Of JPEG and WebP, 0 to 100."""
+    file: bool = True
+    """Whether a file in `format` is wanted."""
+    pixels: bool = False
+    """Whether the raw pixels are wanted."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +88,17 @@ class Limits:
             width=self.default_size[0] if request.width is None else request.width,
             height=self.default_size[1] if request.height is None else request.height,
             format=request.format,
-            as_json=request.response_format == "json" or request.num_images > 1,
+            as_json=request.response_format == "json" or request.num_images > 1 or request.stream,
             min_steps=(request.min_steps or 1) if auto else None,
             deadline_s=None if deadline_ms is None else deadline_ms / 1e3,
             priority=request.priority,
         )
-        if problems := [*self._text_problems(request), *self._number_problems(request, order)]:
+        problems = [
+            *self._text_problems(request),
+            *self._number_problems(request, order),
+            *self._stream_problems(request),
+        ]
+        if problems:
             raise InvalidRequest("; ".join(message for _, message in problems), param=problems[0][0])
         return order
 
@@ -154,10 +166,28 @@ class Limits:
             problems.append((param, f"{asked} is not a size of this model; allowed: {sizes}"))
         return problems
 
+    def _stream_problems(self, request: GenerateRequest) -> list[tuple[str, str]]:
+        most = max(self.steps) - 1
+        if not request.stream:
+            if request.previews is None:
+                return []
+            message = f"previews={number(request.previews)} goes with stream=true"
+            return [("previews", f"{message}; ask for that, or leave it out")]
+        problems = []
+        if request.num_images > 1:
+            message = f"num_images={number(request.num_images)} cannot be streamed; ask for num_images=1"
+            problems.append(("num_images", message))
+        if request.response_format == "image":
+            message = "response_format='image' cannot be streamed, events carry base64; leave it out"
+            problems.append(("response_format", message))
+        if request.previews is not None and not 0 <= request.previews <= most:
+            problems.append(("previews", f"previews={number(request.previews)} is outside 0 to {most}"))
+        return problems
+
     def schema(self) -> dict[str, Any]:
         """The body's JSON schema with this server's limits in it, for the OpenAPI document."""
         schema = GenerateRequest.model_json_schema()
-        fields = {name: _plain(field) for name, field in schema["properties"].items()}
+        fields = {name: plain(field) for name, field in schema["properties"].items()}
         fields["prompt"] |= {"minLength": 1, "maxLength": self.max_prompt_chars, "example": "red apple"}
         fields["seed"] |= {"minimum": 0, "maximum": MAX_SEED}
         fields["steps"] |= {"enum": [*self.steps, "auto"], "default": self.default_steps}
@@ -165,6 +195,7 @@ class Limits:
         fields["deadline_ms"] |= {"minimum": 1, "maximum": MAX_DEADLINE_MS}
         fields["priority"] |= {"minimum": 0, "maximum": MAX_PRIORITY}
         fields["num_images"] |= {"minimum": 1, "maximum": self.max_images}
+        fields["previews"] |= {"minimum": 0, "maximum": max(self.steps) - 1}
         fields["width"] |= {
             "enum": sorted({width for width, _ in self.sizes}),
             "default": self.default_size[0],
@@ -176,7 +207,7 @@ class Limits:
         return {**schema, "properties": fields}
 
 
-def _plain(field: dict[str, Any]) -> dict[str, Any]:
+def plain(field: dict[str, Any]) -> dict[str, Any]:
     """Write an optional field as its type: leaving it out and null mean the same."""
     options = [option for option in field.pop("anyOf", []) if option != {"type": "null"}]
     plain = {key: value for key, value in field.items() if key != "title" and value is not None}

@@ -9,10 +9,9 @@ An engine call that fails fails the pictures in that call, and the loop goes on.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,11 +34,14 @@ OVERLAPPED: tuple[tuple[Stage, ...], ...] = (("encode", "denoise"), ("decode",))
 class Runner:
     """Start it, submit pictures, stop it. `ready` is set once every call that a request can lead to has been run."""
 
-    def __init__(self, stages: Stages, scheduler: Scheduler, metrics: Metrics) -> None:
+    def __init__(
+        self, stages: Stages, scheduler: Scheduler, metrics: Metrics, on_ready: Callable[[], None] = lambda: None
+    ) -> None:
         self.ready = threading.Event()
         self.failure: str | None = None
         self.warmed = (0, 1)
         """Warm-up calls made, and how many there are."""
+        self._on_ready = on_ready
         self._stages = stages
         self._scheduler = scheduler
         self._metrics = metrics
@@ -83,7 +85,7 @@ class Runner:
                         self._scheduler.cancel(id)
                     raise DeadlineInfeasible(
                         f"the deadline cannot be met: what was accepted before takes {excess * 1e3:.0f} ms too long; "
-                        'try again then, allow more time, or ask for steps="auto"',
+                        'try again then, allow more time, or let it take fewer steps ("auto")',
                         retry_after_s=excess,
                     )
                 self._scheduler.add(task)
@@ -92,10 +94,10 @@ class Runner:
             self._metrics.queue_depth.inc(len(pictures))
             self._edge.notify_all()
 
-    def wait_for(self, pictures: int) -> int:
-        """Whole seconds, 1 at least, until `pictures` of those in work should be finished."""
+    def wait_for(self, pictures: int) -> float:
+        """Seconds until `pictures` of those in work should be finished."""
         with self._edge:
-            return max(1, math.ceil(self._scheduler.leaving(time.perf_counter(), pictures)))
+            return self._scheduler.leaving(time.perf_counter(), pictures)
 
     def cancel(self, pictures: Sequence[Picture]) -> None:
         """Drop pictures at the next edge, without a reply. Those already finished are left alone."""
@@ -260,6 +262,7 @@ class Runner:
                 return
         self.warmed = (len(calls), len(calls))
         self.ready.set()
+        self._on_ready()
 
 
 def _failed(stage: str, error: Exception) -> GenerationFailed:

@@ -1,13 +1,15 @@
 """Every HTTP field of the native API: its type, its limit, and what a client reads when it breaks one.
 
 Types are checked by `GenerateRequest` (strict: true is no 1, "4" is no 4, unknown fields are refused); values are
-checked by `Limits` (`limits.py`), which come from the settings and from what the bundle was exported for.
+checked by `Limits` (`limits.py`), which come from the settings and from what the bundle was exported for. Other APIs'
+bodies are read by the same `parse_fields`.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,6 +17,9 @@ from cdm_serve.errors import InvalidRequest, MalformedBody
 
 Format = Literal["png", "jpeg", "webp"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+
+Fields = TypeVar("Fields", bound=BaseModel)
+TYPE_NAMES: dict[Any, str] = {str: "a string", int: "an integer", bool: "true or false"}
 
 
 class GenerateRequest(BaseModel):
@@ -48,17 +53,32 @@ class GenerateRequest(BaseModel):
             description="image: the picture itself; json: base64, seeds and timings; default: image for one picture"
         ),
     ] = None
+    stream: Annotated[
+        bool,
+        Field(description="answer with server-sent events while the one picture is made, previews before it"),
+    ] = False
+    previews: Annotated[
+        int | None,
+        Field(
+            description="with stream: the most previews, spread over the steps; default: after every step but the last"
+        ),
+    ] = None
 
 
 def parse_body(body: bytes) -> GenerateRequest:
-    """Bytes → request.
+    """Bytes → request of the native API. Raises as `parse_fields` does."""
+    return parse_fields(GenerateRequest, body)
+
+
+def parse_fields(model: type[Fields], body: bytes) -> Fields:
+    """Bytes → the fields of `model`, of their types; values are not checked yet.
 
     Raises:
         MalformedBody: not JSON.
         InvalidRequest: a wrong type, an unknown field or a missing one.
     """
     try:
-        return GenerateRequest.model_validate_json(body)
+        return model.model_validate_json(body)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
     if problems[0]["type"] == "json_invalid":
@@ -66,37 +86,33 @@ def parse_body(body: bytes) -> GenerateRequest:
     # A field of several types has a problem for each of them: one is enough.
     problems = list({problem["loc"][:1]: problem for problem in reversed(problems)}.values())[::-1]
     names = [".".join(str(part) for part in problem["loc"][:1]) or "body" for problem in problems]
-    messages = [_type_message(name, problem) for name, problem in zip(names, problems, strict=True)]
+    messages = [_type_message(model, name, problem) for name, problem in zip(names, problems, strict=True)]
     raise InvalidRequest("; ".join(messages), param=None if names[0] == "body" else names[0])
 
 
-def _type_message(name: str, problem: Any) -> str:
-    known = GenerateRequest.model_fields
+def _type_message(model: type[BaseModel], name: str, problem: Any) -> str:
+    known = model.model_fields
     if problem["type"] == "missing":
         return f"{name} is required"
     if problem["type"] == "extra_forbidden":
-        return f"{_quoted(name)} is no field; fields: {', '.join(known)}"
-    if name == "body":
+        return f"{quoted(name)} is no field; fields: {', '.join(known)}"
+    if problem["loc"] == ():
         return 'the body must be a JSON object such as {"prompt": "red apple"}'
-    options = [str(option) for option in _options(known[name].annotation)]
-    wanted = f"one of {', '.join(options)}" if options else _type_name(known[name].annotation)
-    if int in get_args(known[name].annotation) and options:
-        wanted = f"an integer or {', '.join(options)}"
-    return f"{name}={_quoted(problem['input'])} must be {wanted}"
+    return f"{name}={quoted(problem['input'])} must be {_wanted(known[name].annotation)}"
 
 
-def _options(annotation: Any) -> tuple[Any, ...]:
-    if not get_args(annotation):
-        return ()
-    flat = [option for part in get_args(annotation) for option in (get_args(part) or (part,))]
-    return tuple(option for option in flat if isinstance(option, str))
+def _wanted(annotation: Any) -> str:
+    """What may stand in a field, in words: `int | Literal["auto"] | None` is "an integer or auto"."""
+    parts = [part for part in get_args(annotation) or (annotation,) if part is not NoneType]
+    flat = [option for part in parts for option in (get_args(part) or (part,))]
+    names = [TYPE_NAMES[part] for part in flat if part in TYPE_NAMES]
+    options = [str(option) for option in flat if option not in TYPE_NAMES]
+    if not names and len(options) > 1:
+        return f"one of {', '.join(options)}"
+    return " or ".join([*names, *options])
 
 
-def _type_name(annotation: Any) -> str:
-    return "a string" if annotation is str else "an integer"
-
-
-def _quoted(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A client's value as JSON, cut to what an error message can carry."""
     text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) <= 80 else text[:77] + "..."

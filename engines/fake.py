@@ -35,6 +35,7 @@ from engines.bundle import (
     load_bundle,
     write_manifest,
 )
+from engines.call_costs import read_cost_table
 from engines.errors import ExecutionError, RuntimeUnavailable
 
 Cost = Callable[[str, int], float]
@@ -49,6 +50,7 @@ CALLS_KEPT = 4096
 class FakeEngine(Engine):
     """Colour fields for any bundle's shapes. `calls` holds the last (component, batch) pairs it was asked for.
 
+    A call waits for what `cost` says, or the table at `options.fake_costs` for its first size, before it paints.
     Raises `RuntimeUnavailable` for options that could change nothing here.
     """
 
@@ -65,6 +67,7 @@ class FakeEngine(Engine):
             "precision": (options.precision, "auto"),
             "threads": (options.threads, 0),
             "cache_dir": (options.cache_dir, None),
+            "invariant_batch": (options.invariant_batch, 0),
         }
         for name, (value, nothing) in given.items():
             if value != nothing:
@@ -83,6 +86,8 @@ class FakeEngine(Engine):
             overlap=overlap,
         )
         self.calls: deque[tuple[str, int]] = deque(maxlen=CALLS_KEPT)
+        if cost is None and options.fake_costs is not None:
+            cost = read_cost_table(options.fake_costs).first_size()
         self._cost = cost
         self._sleep = sleep
         self._counts: Counter[str] = Counter()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import uvicorn
 from fastapi.testclient import TestClient
 
 from cdm_serve.app import create_app
 from cdm_serve.costs import Bucket, CostModel, Stage
+from cdm_serve.main import listen
 from cdm_serve.service import Service
 from cdm_serve.settings import ServeSettings
 from engines.base import EngineOptions
@@ -85,6 +89,23 @@ class App:
         wait_until(happened)
 
 
+@contextmanager
+def listening(app: App, **config: Any) -> Iterator[str]:
+    """Serve `app` on a socket rather than through its client, for clients that need one; yields its URL."""
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app.asgi, log_config=None, access_log=False, **config))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        assert app.service.runner.ready.wait(PATIENCE_S)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        app.gate.open()
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
 def wait_until(happened: Callable[[], bool]) -> None:
     """Return once it has happened; a test fails that waits for too long."""
     pause = threading.Event()
@@ -93,6 +114,21 @@ def wait_until(happened: Callable[[], bool]) -> None:
             return
         pause.wait(0.002)
     raise AssertionError("it never happened")
+
+
+def read_events(body: bytes) -> list[tuple[str, Any]]:
+    """WHATWG HTML 9.2.6, as far as is used: lines end at CR, LF or both; comments begin with a colon."""
+    events, name, data = [], "", []
+    for line in body.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n"):
+        field, _, value = line.partition(":")
+        if not line and data:
+            events.append((name, json.loads("\n".join(data))))
+            name, data = "", []
+        elif field == "event":
+            name = value.removeprefix(" ")
+        elif field == "data":
+            data.append(value.removeprefix(" "))
+    return events
 
 
 def error_of(response: Any) -> dict[str, Any]:
