@@ -130,19 +130,6 @@ def read_trace(path: Path) -> list[Arrival]:
     return [replace(arrival, at=arrival.at - trace[0].at) for arrival in trace]
 
 
-def write_trace(path: Path, trace: Sequence[Arrival]) -> None:
-    """Write what `read_trace` reads."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for item in trace:
-            deadline = "" if item.deadline == inf else f"{item.deadline * 1e3:g}"
-            least = "" if item.min_steps is None else item.min_steps
-            writer.writerow(
-                [f"{item.at:.6f}", item.steps, item.width, item.height, deadline, least, item.priority]
-            )
-
-
 def _arrival(row: dict[str, str], where: str) -> Arrival:
     if None in row:  # where csv puts what has no column
         raise UsageError(f"{where} has more cells than columns")

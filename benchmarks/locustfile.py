@@ -44,8 +44,9 @@ GRACE_S = 10.0
 def _arguments(parser: ArgumentParser) -> None:
     def add(flag: str, default: Any, help: str, **more: Any) -> None:
         variable = f"CDM_LOAD_{flag.upper().replace('-', '_')}"
-        kind = {} if default is None or "action" in more else {"type": type(default)}
-        parser.add_argument(f"--{flag}", default=default, help=help, env_var=variable, **kind, **more)  # type: ignore[arg-type]
+        parser.add_argument(  # a configargparse parser, whose arguments have variables
+            f"--{flag}", default=default, type=type(default), help=help, env_var=variable, **more
+        )
 
     add(
         "mode",
@@ -91,7 +92,7 @@ def _listen(environment: Environment, **_: Any) -> None:
 @events.test_start.add_listener  # type: ignore[untyped-decorator]
 def _begin(**_: Any) -> None:
     _heard.replayed, _heard.gave_up = set(), False
-    Painter.numbers = count()
+    Painter.numbers, Painter.offer = count(), None
 
 
 class Load(LoadTestShape):
@@ -119,7 +120,7 @@ class Painter(FastHttpUser):
     concurrency = CONNECTIONS
     default_headers = key_headers()
 
-    _offer: dict[str, Any] | None = None
+    offer: dict[str, Any] | None = None
     _asking = Semaphore()
     numbers = count()
 
@@ -135,13 +136,13 @@ class Painter(FastHttpUser):
     def on_start(self) -> None:
         """Learn what the server offers; the first user asks for all."""
         with Painter._asking:
-            if Painter._offer is None:
-                Painter._offer = self._learn()
-        self.steps = [int(part) for part in self.options.picture_steps.split(",") if part] or Painter._offer[
+            if Painter.offer is None:
+                Painter.offer = self._learn()
+        self.steps = [int(part) for part in self.options.picture_steps.split(",") if part] or Painter.offer[
             "steps"
         ]
         sizes = [part.split("x") for part in self.options.picture_sizes.split(",") if part]
-        offered = [(size["width"], size["height"]) for size in Painter._offer["sizes"]]
+        offered = [(size["width"], size["height"]) for size in Painter.offer["sizes"]]
         self.sizes = [(int(width), int(height)) for width, height in sizes] or offered
 
     def _learn(self) -> dict[str, Any]:

@@ -83,9 +83,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _late(self) -> None:
         self._timer = None
-        if (
-            self.cycle is not None and not self.cycle.response_complete
-        ):  # the next head waits behind an answer
+        if self.cycle is not None and not self.cycle.response_complete:
+            # It waits behind an answer.
             self._timer = self.loop.call_later(HEAD_S, self._late)
         elif not self.transport.is_closing():
             self.transport.close()

@@ -146,9 +146,7 @@ class Safety:
         shown.flags.writeable = False
         try:
             allowed: object = self._hook(shown, dict(facts))
-        except (
-            BaseException
-        ) as error:  # SystemExit too: it would end the thread, and nobody would be answered
+        except BaseException as error:  # SystemExit too, or nobody would be answered
             log.exception("the safety hook %s failed", self._hook_name)
             raise SafetyFailed(
                 f"the safety hook {self._hook_name} failed ({type(error).__name__}), so the picture is not shown"

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.arrivals import TIMES, Arrival, Times, draw, length, read_trace, stretched, write_trace
+from benchmarks.arrivals import TIMES, Arrival, Times, draw, length, read_trace, stretched
 from engines.cli import UsageError
+from tests.benchmarks.traces import write_trace
 
 KINDS = pytest.mark.parametrize("kind", sorted(TIMES))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.arrivals import Arrival, write_trace
+from benchmarks.arrivals import Arrival
 from benchmarks.cost_tables import (
     FOLDER,
     built_in,
@@ -23,6 +23,7 @@ from benchmarks.plots import plot_sweep
 from benchmarks.server import Server, ServerError
 from cdm_serve.costs import TEXT
 from engines.call_costs import read_cost_table
+from tests.benchmarks.traces import write_trace
 
 SHORT = ["--duration", "3", "--warmup", "1"]
 

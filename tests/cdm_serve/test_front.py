@@ -143,6 +143,7 @@ def test_slow_body_is_408_and_its_connection_is_closed(path: str, bundle: Bundle
         while part := client.recv(4096):  # until the server closes
             answer += part
     assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"\r\nconnection: close\r\n" in answer.lower()
     assert b"--body-timeout-s=0.1" in answer
 
 

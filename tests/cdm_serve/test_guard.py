@@ -184,6 +184,16 @@ def test_used_up_rate_is_429_for_that_key_alone(guarded: Callable[..., App]) -> 
     assert "rate_per_minute=2" in error_of(never)["message"]
 
 
+def test_limits_changed_in_the_file_hold_from_the_next_request(
+    guarded: Callable[..., App], tmp_path: Path
+) -> None:
+    app = guarded({"max_priority": 1})
+    assert app.client.post("/generate", json={**CAT, "priority": 2}, headers=AS_USER).status_code == 403
+    write_keys(tmp_path / "keys.json", max_priority=2)
+    app.asgi.state.keys.reload()
+    assert app.client.post("/generate", json={**CAT, "priority": 2}, headers=AS_USER).status_code == 200
+
+
 def test_pictures_in_work_are_counted_by_key_over_all_apis(guarded: Callable[..., App]) -> None:
     app = guarded({"max_concurrent": 2})
     app.gate.close()

@@ -63,6 +63,16 @@ def test_told_wait_is_enough_and_half_of_it_is_not(
             assert bucket.take(tokens, now) == 0
 
 
+@given(CAPACITIES, RATES, st.lists(st.integers(1, 1000), min_size=1, max_size=40))
+def test_who_always_waits_as_told_has_exactly_the_rate(capacity: int, rate: float, asked: list[int]) -> None:
+    bucket, now = TokenBucket(capacity, rate, 0.0), 0.0
+    taken = [min(tokens, capacity) for tokens in asked]
+    for tokens in taken:
+        while wait := bucket.take(tokens, now):
+            now += wait
+    assert now == pytest.approx(max(0.0, sum(taken) - capacity) / rate, rel=1e-6, abs=1e-9)
+
+
 @given(CAPACITIES, RATES)
 def test_full_bucket_gives_a_burst_and_then_makes_wait_for_one(capacity: int, rate: float) -> None:
     bucket = TokenBucket(capacity, rate, 5.0)
