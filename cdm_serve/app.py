@@ -77,7 +77,7 @@ def create_app(settings: ServeSettings, engine: Engine, costs: CostModel | None 
     app.include_router(pages.router)
     _show_limits(app, service)
     if keys is not None:
-        show_keys(app.openapi())
+        show_keys(app.openapi(), settings.metrics_open)
     return app
 
 

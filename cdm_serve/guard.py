@@ -112,14 +112,14 @@ def _is_under(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder + "/")
 
 
-def show_keys(document: dict[str, Any]) -> None:
+def show_keys(document: dict[str, Any], metrics_open: bool) -> None:
     """Put the need for a key into an OpenAPI document."""
     document.setdefault("components", {})["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
     }
     for path, operations in document["paths"].items():
-        if path in PROBES:
+        if path in PROBES or (path == METRICS and metrics_open):
             continue
         for operation in operations.values():
             operation["security"] = [{"bearer": []}, {"x-api-key": []}]

@@ -91,7 +91,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     except OSError as error:
         raise UsageError(f"the keys in {path} cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
+        problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
         # Not "from error": its own text quotes the value.

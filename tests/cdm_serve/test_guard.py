@@ -161,14 +161,22 @@ def test_openapi_tells_of_the_key_only_where_there_is_one(guarded: Callable[...,
     assert set(document["components"]["securitySchemes"]) == {"bearer", "x-api-key"}
     assert document["paths"]["/generate"]["post"]["security"]
     assert "401" in document["paths"]["/generate"]["post"]["responses"]
+    assert document["paths"]["/metrics"]["get"]["security"]
     assert "security" not in document["paths"]["/livez"]["get"]
+    open_metrics = guarded(metrics_open=True).client.get("/openapi.json").json()
+    assert "security" not in open_metrics["paths"]["/metrics"]["get"]
     assert "securitySchemes" not in app.client.get("/openapi.json").json().get("components", {})
 
 
 def test_used_up_rate_is_429_for_that_key_alone(guarded: Callable[..., App]) -> None:
     app = guarded({"rate_per_minute": 2})
     assert app.client.post("/generate", json={**CAT, "num_images": 2}, headers=AS_USER).status_code == 200
-    for path, body in (("/generate", CAT), ("/v1/images/generations", {"prompt": "cat"})):
+    for path, body in (
+        ("/generate", CAT),
+        ("/generate", {**CAT, "stream": True}),
+        ("/v1/images/generations", {"prompt": "cat"}),
+        ("/v1/images/generations", {"prompt": "cat", "stream": True}),
+    ):
         refused = app.client.post(path, json=body, headers=AS_USER)
         assert refused.status_code == 429
         error = error_of(refused)
@@ -177,7 +185,7 @@ def test_used_up_rate_is_429_for_that_key_alone(guarded: Callable[..., App]) -> 
         assert 1 <= int(refused.headers["retry-after-ms"]) <= 30_000
     assert app.client.get("/info", headers=AS_USER).status_code == 200  # pictures are what is counted
     assert app.client.post("/generate", json=CAT, headers=AS_ADMIN).status_code == 200
-    assert app.metric("cdm_key_requests_total", key="alice", outcome="rejected") == 2
+    assert app.metric("cdm_key_requests_total", key="alice", outcome="rejected") == 4
     assert app.metric("cdm_key_pictures_total", key="alice") == 2
     never = app.client.post("/generate", json={**CAT, "num_images": 3}, headers=AS_USER)
     assert never.status_code == 422
