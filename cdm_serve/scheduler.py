@@ -41,6 +41,7 @@ class Scheduler:
         self.aging_s = aging_s
         self._tasks: dict[int, Task] = {}
         self._batch = 1
+        self._busy_until = 0.0
         self._stretch = 1.0
 
     def __len__(self) -> int:
@@ -78,6 +79,7 @@ class Scheduler:
             task.running = True
         stage = members[0].stage
         bucket = TEXT if stage == "encode" else members[0].bucket
+        self._busy_until = now + self.costs.seconds(stage, bucket, len(members))
         return Call(stage, bucket, tuple(t.id for t in members), tuple(t.left for t in members))
 
     def postprocess(self, call: Call, now: float) -> tuple[int, ...]:
@@ -168,16 +170,18 @@ class Scheduler:
 
     def _finishes(self, order: list[Task], now: float, cap: int) -> dict[int, float]:
         """When each should be finished under `cap`: served in order at full batches, and at best at its own pace."""
-        finishes, ahead = {}, 0.0
+        busy = max(0.0, self._busy_until - now)  # the call that runs has to end first
+        finishes, ahead = {}, busy
         for task in order:
             steps = (task.planned if task.running else task.capped(cap)) - task.done
+            steps -= task.running and task.stage == "denoise"  # that step is the running call
             ahead += steps * self.costs.each("denoise", task.bucket, self.max_batch)
             ahead += self.costs.each("decode", task.bucket, self.max_batch)
             if not task.encoded:
                 ahead += self.costs.each("encode", TEXT, self.max_batch)
             own = steps * self.costs.seconds("denoise", task.bucket, self._batch)
             own += self.costs.seconds("decode", task.bucket, 1)
-            finishes[task.id] = now + self._stretch * max(ahead, own)
+            finishes[task.id] = now + self._stretch * max(ahead, busy + own)
         return finishes
 
     def _members(self, ready: list[Task], allowed: frozenset[Stage], now: float) -> list[Task]:
