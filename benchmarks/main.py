@@ -21,6 +21,26 @@ COMMANDS = {
         epilog="cdm-bench http --requests 200\ncdm-bench http --url http://127.0.0.1:8000 --steps 1",
         user_errors=("benchmarks.server:ServerError",),
     ),
+    "serve": Command(
+        "benchmarks.serve:ServeBenchSettings",
+        "benchmarks.serve:run",
+        "the policies under open-loop load: goodput, latency and steps over a sweep of rates past saturation",
+        extra="bench",
+        epilog="cdm-bench serve --out results\n"
+        "cdm-bench serve --bundle bundles/mine --max-batch 16 --rates 0.5x,1x,1.5x --duration 60 --rounds 5\n"
+        "cdm-bench serve --url http://127.0.0.1:8000 --variants step,step+auto --rates 20,40",
+        user_errors=("benchmarks.server:ServerError",),
+    ),
+    "simulate": Command(
+        "benchmarks.simulate:SimulateSettings",
+        "benchmarks.simulate:run",
+        "the policies on a virtual clock: the same figures for one replica or a thousand, in seconds",
+        extra="bench",
+        epilog="cdm-bench simulate --costs h200-scaling --rates 0.5x,0.9x,1.2x\n"
+        "cdm-bench simulate --replicas 1000 --router two --duration 5 --trace bursty\n"
+        "cdm-bench simulate --costs http://127.0.0.1:8000 --trace monday.csv --rates recorded",
+        user_errors=("benchmarks.server:ServerError",),
+    ),
     "coldstart": Command(
         "benchmarks.coldstart:ColdStartSettings",
         "benchmarks.coldstart:run",

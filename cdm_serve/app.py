@@ -11,24 +11,38 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from cdm_serve import pages, routes
+from cdm_serve import kserve_routes, openai_routes, openai_schemas, pages, routes
+from cdm_serve.costs import CostModel
 from cdm_serve.errors import ServeError, error_response, http_error_response
-from cdm_serve.front import Front
+from cdm_serve.front import Catch, Front
+from cdm_serve.guard import Guard, show_keys
+from cdm_serve.keys import KeyRing
 from cdm_serve.service import Service
 from cdm_serve.settings import ServeSettings
 from engines.base import Engine
 from engines.cli import DISTRIBUTION
 
+EXPOSED_HEADERS = (
+    "x-request-id", "x-seed", "x-steps", "x-steps-planned", "server-timing", "retry-after", "retry-after-ms",
+    "inference-header-content-length",
+)  # fmt: skip
+"""What a page of another site may read of an answer's headers, beyond the few that it always may."""
 
-def create_app(settings: ServeSettings, engine: Engine) -> FastAPI:
+
+def create_app(settings: ServeSettings, engine: Engine, costs: CostModel | None = None) -> FastAPI:
     """An app that serves `engine`; its lifespan starts and drains the runner, the engine stays the caller's.
+
+    `costs`: the scheduler's cost model, if it shall not begin with the warm-up's measurements.
 
     Raises:
         BundleError: the settings' limits leave nothing of what the bundle can do.
+        UsageError: a file or a function that the settings name is not there, or not what it must be.
     """
-    service = Service(settings, engine)
+    keys = None if settings.keys is None else KeyRing(settings.keys)
+    service = Service(settings, engine, costs)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -44,18 +58,32 @@ def create_app(settings: ServeSettings, engine: Engine) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    app.add_middleware(Front, metrics=service.metrics)
+    app.state.keys = keys
+    # From the inside out: each is around those before it.
+    if keys is not None:
+        app.add_middleware(Guard, keys=keys, metrics=service.metrics, metrics_open=settings.metrics_open)
+    app.add_middleware(Catch)
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origin, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )  # fmt: skip
+    app.add_middleware(Front, metrics=service.metrics, body_timeout_s=settings.body_timeout_s)
     app.add_exception_handler(ServeError, _serve_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.include_router(routes.router)
+    app.include_router(openai_routes.router)
+    app.include_router(kserve_routes.router)
     app.include_router(pages.router)
     _show_limits(app, service)
+    if keys is not None:
+        show_keys(app.openapi(), settings.metrics_open)
     return app
 
 
-async def _serve_error(_: Request, error: Exception) -> Response:
+async def _serve_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServeError)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -65,16 +93,21 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: f"there is no {path}; /docs lists what there is",
         405: f"{request.method} is not allowed for {path}; /docs lists what is",
     }.get(error.status_code, str(error.detail))
-    return http_error_response(error.status_code, message, error.headers)
+    return http_error_response(error.status_code, message, error.headers, path)
 
 
 def _show_limits(app: FastAPI, service: Service) -> None:
-    """Put the body of /generate, with this server's limits, into the OpenAPI document (we parse it ourselves)."""
+    """Put the bodies, with this server's limits, into the OpenAPI document (we parse them ourselves)."""
     document = app.openapi()
-    document["paths"]["/generate"]["post"]["requestBody"] = {
-        "required": True,
-        "content": {"application/json": {"schema": service.limits.schema()}},
+    bodies = {
+        "/generate": service.limits.schema(),
+        "/v1/images/generations": openai_schemas.schema(service.limits, service.engine.manifest.name),
     }
+    for path, schema in bodies.items():
+        document["paths"][path]["post"]["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schema}},
+        }
 
 
 def _version() -> str:

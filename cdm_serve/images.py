@@ -29,13 +29,18 @@ ASCII = b"ASCII\x00\x00\x00"
 
 # Pictures here are small and made in milliseconds: a smaller file is not worth waiting for.
 PNG_LEVEL = 2
-JPEG_QUALITY = 92
-WEBP_QUALITY = 92
+QUALITY = 92
+"""Of JPEG and WebP, where nobody asks for another."""
 WEBP_METHOD = 2
 
 
-def encode_image(picture: NDArray[np.uint8], format: Format, parameters: Mapping[str, Any]) -> bytes:
-    """Encode one RGB picture `(height, width, 3)` with its parameters inside."""
+def encode_image(
+    picture: NDArray[np.uint8], format: Format, parameters: Mapping[str, Any], quality: int = QUALITY
+) -> bytes:
+    """Encode one RGB picture `(height, width, 3)` with its parameters inside.
+
+    `quality`: of JPEG and WebP, 0 (smallest) to 100 (best). PNG loses nothing and has none.
+    """
     image = Image.fromarray(picture)
     out = io.BytesIO()
     if format == "png":
@@ -43,9 +48,9 @@ def encode_image(picture: NDArray[np.uint8], format: Format, parameters: Mapping
         info.add_itxt(PNG_KEY, json.dumps(parameters, ensure_ascii=False))
         image.save(out, "PNG", pnginfo=info, compress_level=PNG_LEVEL)
     elif format == "jpeg":
-        image.save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0, exif=_exif(parameters))
+        image.save(out, "JPEG", quality=quality, subsampling=0, exif=_exif(parameters))
     else:
-        image.save(out, "WEBP", quality=WEBP_QUALITY, method=WEBP_METHOD, exif=_exif(parameters))
+        image.save(out, "WEBP", quality=quality, method=WEBP_METHOD, exif=_exif(parameters))
     return out.getvalue()
 
 

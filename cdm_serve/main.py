@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import ipaddress
 import logging
 import signal
 import socket
@@ -14,7 +16,10 @@ from types import FrameType
 
 import uvicorn
 
+from cdm_serve import logs
 from cdm_serve.app import create_app
+from cdm_serve.keys import KeyRing
+from cdm_serve.protocol import BoundedHttp
 from cdm_serve.settings import ServeSettings, default_bundle
 from engines.base import load_engine
 from engines.bundle import Bundle, load_bundle
@@ -46,10 +51,7 @@ def serve(settings: ServeSettings) -> int:
         BundleError, RuntimeUnavailable: there is nothing to serve, or nothing to serve it with.
         UsageError: the address cannot be listened on.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logs.configure(settings.log_format, settings.log_level, settings.log_prompts)
     with listen(settings.host, settings.port) as listener:
         with opened_bundle(settings) as bundle:
             engine = load_engine(bundle, settings.engine_options())
@@ -58,15 +60,23 @@ def serve(settings: ServeSettings) -> int:
             info = engine.info
             where = f"{info.device} ({info.runtime} {info.precision})"
             log.info("serving %s on %s at http://%s", bundle.manifest.name, where, _address(listener))
+            if settings.keys is None and not _is_loopback(listener):
+                log.warning(
+                    "whoever reaches --host=%s may use and administer this server; let it ask for a key with --keys",
+                    settings.host,
+                )
             config = uvicorn.Config(
                 app,
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                http=BoundedHttp,
+                limit_concurrency=settings.max_connections,
                 timeout_graceful_shutdown=int(settings.drain_timeout_s) + ANSWER_S,
             )
             server = Server(config, on_exit=app.state.service.drain_soon)
-            with suppress(SystemExit):  # by which some versions of uvicorn end a start that failed
+            # By SystemExit some versions of uvicorn end a start that failed.
+            with read_again_on_hangup(app.state.keys), suppress(SystemExit):
                 server.run(sockets=[listener])
         finally:
             engine.close()
@@ -76,6 +86,28 @@ def serve(settings: ServeSettings) -> int:
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+@contextmanager
+def read_again_on_hangup(keys: KeyRing | None) -> Iterator[None]:
+    """SIGHUP, as long as the body takes: the keys are read again. Without keys it ends the process, as ever."""
+    if keys is None:
+        yield
+        return
+
+    def on_hangup(*_: object) -> None:
+        with suppress(RuntimeError):  # the loop is not running yet, or no more
+            asyncio.get_running_loop().call_soon_threadsafe(keys.reload)
+
+    before = signal.signal(signal.SIGHUP, on_hangup)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class Server(uvicorn.Server):

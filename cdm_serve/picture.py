@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,25 +33,44 @@ STAGES = tuple(Spans.__dataclass_fields__)
 
 @dataclass(eq=False, slots=True)
 class Picture:
-    """One picture on its way. Sizes in pixels; `sigmas` is its whole schedule; only the runner writes the late fields.
+    """One picture on its way. Sizes in pixels, times by `time.perf_counter`; only the runner writes the late fields.
 
-    `reply` is called at most once, on the runner's thread, with uint8 `(height, width, 3)` or with an error.
+    `remaining` is its schedule from where it stands; the scheduler may shorten it to `min_steps` steps in all.
+    `reply` is called at most once, on a runner's thread, with uint8 `(height, width, 3)` or with an error.
     """
 
     tokens: TokenIds
     seed: int
-    sigmas: tuple[float, ...]
+    remaining: tuple[float, ...]
     width: int
     height: int
     reply: Callable[[Picture, NDArray[np.uint8] | ServeError], None]
+    preview: Callable[[Picture, NDArray[np.uint8]], None] | None = None
+    """Called like `reply`, with x̂0 decoded, after some of the steps before the last."""
+    previews: int = 0
+    """How many of them are wanted; fewer come when there are fewer steps."""
+    deadline: float = inf
+    priority: int = 0
+    min_steps: int | None = None
     id: int = field(default_factory=lambda: next(_ids))
     arrival: float = field(default_factory=time.perf_counter)
     spans: Spans = field(default_factory=Spans, init=False)
-    started: bool = field(default=False, init=False)  # Runner._start
-    conditioning: Conditioning = field(default=None, init=False)  # Runner._encode
-    sample: Sample = field(default=None, init=False)  # Runner._start, then every step
-    step: int = field(default=0, init=False)  # Runner._advance: steps really run
-    compute: float = field(default=0.0, init=False)  # Runner._advance: its share of every step's span
+    started: bool = field(default=False, init=False)  # Runner._begin: it was in a call
+    conditioning: Conditioning = field(default=None, init=False)
+    sample: Sample = field(default=None, init=False)
+    estimate: Sample = field(default=None, init=False)  # x̂0 after its last step
+    step: int = field(default=0, init=False)  # steps really run
+    compute: float = field(default=0.0, init=False)  # its share of every step's span
+
+    @property
+    def preview_due(self) -> bool:
+        """Whether x̂0 after the step just run is one of the wanted previews: those are spread evenly over the steps."""
+        left = len(self.remaining) - 1
+        if self.preview is None or not left:
+            return False
+        steps = self.step + left
+        wanted = min(self.previews, steps - 1)
+        return self.step * (wanted + 1) // steps > (self.step - 1) * (wanted + 1) // steps
 
     @property
     def bucket(self) -> tuple[int, int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -14,10 +15,12 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from cdm_serve.errors import ClientGone, Unavailable
 from cdm_serve.front import read_json_body
 from cdm_serve.images import MEDIA_TYPES
+from cdm_serve.limits import Order
 from cdm_serve.metrics import CONTENT_TYPE_LATEST
 from cdm_serve.picture import STAGES
-from cdm_serve.schemas import FORMATS, Order, parse_body
-from cdm_serve.service import Made, Service
+from cdm_serve.schemas import FORMATS, parse_body
+from cdm_serve.service import Made, Preview, Service
+from cdm_serve.sse import MEDIA_TYPE, EventStream, event
 from engines.noise import MAX_SEED
 
 T = TypeVar("T")
@@ -31,14 +34,19 @@ ERROR_DOCS: dict[int | str, dict[str, Any]] = {
     422: {
         "description": "A field has a value that cannot be served; the message names field, value and limit"
     },
-    429: {"description": "The queue is full; Retry-After says when to come back"},
+    429: {
+        "description": "The queue is full or the deadline cannot be met; Retry-After says when to come back"
+    },
     500: {"description": "The engine failed on this picture"},
     503: {"description": "The server is stopping, or its engine is broken"},
 }
 GENERATE_DOCS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The picture itself, or JSON with all of them",
-        "content": {media: {} for media in (*MEDIA_TYPES.values(), "application/json")},
+        "description": "The picture itself, or JSON with all of them. With stream, events: `preview` {step, steps, "
+        "seed, b64_json} after steps before the last, then `picture` {b64_json, seed, steps, planned_steps, "
+        "timings_ms}; or, where it fails after it began, `error` with the body that the answer would have had",
+        "content": {media: {} for media in (*MEDIA_TYPES.values(), "application/json")}
+        | {MEDIA_TYPE: {"schema": {"type": "string"}}},
     },
     **ERROR_DOCS,
 }
@@ -49,16 +57,15 @@ async def generate(request: Request) -> Response:
     """Make pictures from a prompt. One comes back as the image itself, several (or on request) as JSON."""
     service: Service = request.app.state.service
     body = await read_json_body(request, service.settings.max_body_bytes)
-    order = service.limits.order(parse_body(body))
+    wish = parse_body(body)
+    order = service.limits.order(wish)
+    if wish.stream:
+        previews = order.steps if wish.previews is None else wish.previews
+        drawing = _drawing(request, service, order, previews)
+        return EventStream(drawing, {"x-seed": str(order.seeds[0]), "x-steps-planned": str(order.steps)})
     made = await unless_gone(request, service.generate(order))
-    total = time.perf_counter() - request.scope["state"]["started"]
-    timings = {**_longest(made), "total": _ms(total)}
-    headers = {
-        "x-seed": ", ".join(str(image.seed) for image in made),
-        "x-steps": str(max(image.steps for image in made)),
-        "server-timing": ", ".join(f"{stage};dur={ms}" for stage, ms in timings.items()),
-        "cache-control": "no-store",
-    }
+    timings = spent(request, made)
+    headers = made_headers(order, made, timings)
     if order.as_json:
         return JSONResponse(_document(service, order, made, timings), headers=headers)
     return Response(made[0].data, headers=headers, media_type=MEDIA_TYPES[order.format])
@@ -93,6 +100,11 @@ async def livez(request: Request) -> str:
     service: Service = request.app.state.service
     if service.runner.failure:
         raise Unavailable(service.runner.failure)
+    if (stuck := service.runner.stuck_for()) > service.settings.stuck_s:
+        raise Unavailable(
+            f"an engine call has been running for {stuck:.0f} s, longer than --stuck-s={service.settings.stuck_s:g}; "
+            "the server must be restarted"
+        )
     return "alive\n"
 
 
@@ -103,8 +115,10 @@ async def readyz(request: Request) -> str:
     if reason := service.unavailable:
         raise Unavailable(reason)
     if not service.runner.ready.is_set():
+        done, total = service.runner.warmed
         raise Unavailable(
-            "the engine is warming up; requests are accepted and wait", headers={"retry-after": "1"}
+            f"the engine is warming up, {done} of {total} calls made; requests are accepted and wait",
+            headers={"retry-after": "1"},
         )
     return "ready\n"
 
@@ -114,6 +128,21 @@ async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     service: Service = request.app.state.service
     return Response(service.metrics.exposition(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+async def _drawing(
+    request: Request, service: Service, order: Order, previews: int
+) -> AsyncGenerator[bytes, None]:
+    """The events of one picture."""
+    async with aclosing(service.stream(order, previews)) as drawing:
+        async for made in drawing:
+            if isinstance(made, Preview):
+                at = {"step": made.step, "steps": order.steps, "seed": made.seed}
+                yield event("preview", {**at, "b64_json": base64_of(made)})
+            else:
+                entry = _entry(made)
+                entry["timings_ms"]["total"] = _since_start(request)
+                yield event("picture", entry)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -140,22 +169,46 @@ def _document(
         "width": order.width,
         "height": order.height,
         "format": order.format,
-        "images": [
-            {
-                "b64_json": base64.b64encode(image.data).decode("ascii"),
-                "seed": image.seed,
-                "steps": image.steps,
-                "timings_ms": {stage: _ms(getattr(image.spans, stage)) for stage in STAGES},
-            }
-            for image in made
-        ],
+        "images": [_entry(image) for image in made],
         "timings_ms": timings,
     }
 
 
-def _longest(made: Sequence[Made]) -> dict[str, float]:
-    """Per stage the longest time that one of the pictures took, in ms: they ran side by side."""
-    return {stage: _ms(max(getattr(image.spans, stage) for image in made)) for stage in STAGES}
+def _entry(made: Made) -> dict[str, Any]:
+    return {
+        "b64_json": base64_of(made),
+        "seed": made.seed,
+        "steps": made.steps,
+        "planned_steps": made.planned_steps,
+        "timings_ms": {stage: _ms(getattr(made.spans, stage)) for stage in STAGES},
+    }
+
+
+def base64_of(made: Made | Preview) -> str:
+    """A picture's file as JSON carries it."""
+    return base64.b64encode(made.data).decode("ascii")
+
+
+def made_headers(order: Order, made: Sequence[Made], timings: dict[str, float]) -> dict[str, str]:
+    """What an answer's headers say of its pictures; `timings`: stage → ms."""
+    return {
+        "x-seed": ", ".join(str(image.seed) for image in made),
+        "x-steps": str(max(image.steps for image in made)),
+        "x-steps-planned": str(order.steps),
+        "server-timing": ", ".join(f"{stage};dur={ms}" for stage, ms in timings.items()),
+        "cache-control": "no-store",
+    }
+
+
+def spent(request: Request, made: Sequence[Made]) -> dict[str, float]:
+    """Stage → the longest time that one of the pictures took there, in ms (they ran side by side); total: till now."""
+    longest = {stage: _ms(max(getattr(image.spans, stage) for image in made)) for stage in STAGES}
+    return {**longest, "total": _since_start(request)}
+
+
+def _since_start(request: Request) -> float:
+    """Milliseconds since the request's head was read."""
+    return _ms(time.perf_counter() - request.scope["state"]["started"])
 
 
 def _ms(seconds: float) -> float:

@@ -1,284 +1,268 @@
-"""The one thread that owns scheduler and engine. Everybody else sends it messages and gets replies.
+"""The threads that own the engine: one for all stages, or one for decoding beside the rest where the runtime allows.
 
-Its loop is three verbs: the policy's `schedule`, the engine's step (`_advance`), and `_retire`, where what is finished
-goes through the decoder. Pictures join and leave at every step edge, each at its own σ; a lone picture never waits for
-company. An engine call that fails fails the pictures in that call, and the loop goes on.
+Each loops over three verbs: the policy's `schedule`, the engine's call (`Stages.run`), and `postprocess`, after which
+finished pictures are answered. Scheduler and pictures are guarded by one lock that is held between two engine calls
+only, so that a request is let in or refused at once, by the scheduler itself, on its caller's thread.
+An engine call that fails fails the pictures in that call, and the loop goes on.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from cdm_serve.admission import Costs
-from cdm_serve.embeddings import EmbeddingCache
-from cdm_serve.errors import GenerationFailed, ServeError, Unavailable
+import numpy as np
+from numpy.typing import NDArray
+
+from cdm_serve.costs import STAGES, TEXT, Stage
+from cdm_serve.errors import DeadlineInfeasible, GenerationFailed, ServeError, Unavailable
 from cdm_serve.metrics import Metrics
 from cdm_serve.picture import Picture
-from cdm_serve.scheduler import Batch, Scheduler, Task
-from engines.base import Engine, TokenIds
+from cdm_serve.scheduler import Scheduler
+from cdm_serve.stages import Stages
+from cdm_serve.tasks import Call, Task
 from engines.errors import ExecutionError
-from engines.noise import noise
 
 log = logging.getLogger("cdm_serve.runner")
 
-
-@dataclass(frozen=True)
-class _Submit:
-    pictures: tuple[Picture, ...]
-
-
-@dataclass(frozen=True)
-class _Cancel:
-    pictures: tuple[Picture, ...]
-
-
-@dataclass(frozen=True)
-class _Stop:
-    deadline: float
+OUT_OF_TIME = "the server stopped before this picture was finished; send it again elsewhere"
+OVERLAPPED: tuple[tuple[Stage, ...], ...] = (("encode", "denoise"), ("decode",))
 
 
 class Runner:
-    """Start it, submit pictures, stop it. `ready` is set once every batch size has been run."""
+    """Start it, submit pictures, stop it. `ready` is set once every call that a request can lead to has been run."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, costs: Costs, embedding_cache: int) -> None:
+    def __init__(
+        self, stages: Stages, scheduler: Scheduler, metrics: Metrics, on_ready: Callable[[], None] = lambda: None
+    ) -> None:
         self.ready = threading.Event()
         self.failure: str | None = None
-        self._engine = engine
+        self.warmed = (0, 1)
+        """Warm-up calls made, and how many there are."""
+        self._on_ready = on_ready
+        self._stages = stages
+        self._scheduler = scheduler
         self._metrics = metrics
-        self._costs = costs
-        self._scheduler = Scheduler(engine.info.max_batch)
-        self._embeddings = EmbeddingCache(embedding_cache)
         self._pictures: dict[int, Picture] = {}
-        self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
-        self._deadline: float | None = None
-        self._thread = threading.Thread(target=self._run, name="cdm-runner", daemon=True)
+        self._edge = threading.Condition()
+        self._stop_at: float | None = None
+        self._calls: dict[Call, float] = {}
+        self._cancelled: dict[int, Picture] = {}
+        lanes = OVERLAPPED if stages.engine.info.overlap else (STAGES,)
+        self._threads = [
+            threading.Thread(target=self._lane, args=(lane,), name=f"cdm-{lane[-1]}", daemon=True)
+            for lane in lanes
+        ]
 
     # What other threads call.
 
     def start(self) -> None:
         """Warm up, then work."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, pictures: Sequence[Picture]) -> None:
-        """Take pictures in together, so that they can share their first batch. Each gets one reply."""
-        self._metrics.queue_depth.inc(len(pictures))
-        self._inbox.put(_Submit(tuple(pictures)))
+        """Take pictures in together, so that they can share their first call. Each gets one reply.
+
+        Raises:
+            DeadlineInfeasible: one of them could not be finished in time beside what was accepted; none is taken in.
+            Unavailable: the runner is stopping or broken.
+        """
+        with self._edge:
+            if self.failure or self._stop_at is not None:
+                raise Unavailable(self.failure or "the server is stopping; send the request again elsewhere")
+            now = time.perf_counter()
+            added: list[int] = []
+            for picture in pictures:
+                task = Task(
+                    picture.id, picture.bucket, len(picture.remaining) - 1, picture.arrival, picture.deadline,
+                    picture.priority, picture.min_steps, encoded=self._stages.embedded(picture),
+                )  # fmt: skip
+                if excess := self._scheduler.excess(task, now):
+                    for id in added:
+                        self._scheduler.cancel(id)
+                    raise DeadlineInfeasible(
+                        f"the deadline cannot be met: what was accepted before takes {excess * 1e3:.0f} ms too long; "
+                        'try again then, allow more time, or let it take fewer steps ("auto")',
+                        retry_after_s=excess,
+                    )
+                self._scheduler.add(task)
+                added.append(picture.id)
+            self._pictures.update((picture.id, picture) for picture in pictures)
+            self._metrics.queue_depth.inc(len(pictures))
+            self._edge.notify_all()
+
+    def wait_for(self, pictures: int) -> float:
+        """Seconds until `pictures` of those in work should be finished."""
+        with self._edge:
+            return self._scheduler.leaving(time.perf_counter(), pictures)
 
     def cancel(self, pictures: Sequence[Picture]) -> None:
-        """Drop pictures at the next step edge, without a reply. Those already finished are left alone."""
-        self._inbox.put(_Cancel(tuple(pictures)))
+        """Drop pictures at the next edge, without a reply. Those already finished are left alone."""
+        with self._edge:
+            for picture in pictures:
+                if self._pictures.pop(picture.id, None) is None:
+                    continue
+                self._metrics.cancelled_steps.inc(self._scheduler.cancel(picture.id))
+                if any(picture.id in call.ids for call in self._calls):
+                    self._cancelled[picture.id] = picture  # what its call costs is known when that has ended
+                else:
+                    self._drop(picture)
+            self._edge.notify_all()
 
     def stop(self, drain_s: float) -> None:
-        """Finish what was accepted, for at most `drain_s` seconds; the rest is answered `Unavailable`.
-
-        Nothing may be submitted afterwards.
-        """
-        self._inbox.put(_Stop(time.perf_counter() + drain_s))
+        """Finish what was accepted, for at most `drain_s` seconds; the rest is answered `Unavailable`."""
+        with self._edge:
+            self._stop_at = time.perf_counter() + drain_s
+            self._edge.notify_all()
 
     def join(self) -> None:
-        """Wait until the thread has ended."""
-        self._thread.join()
+        """Wait until the threads have ended."""
+        for thread in self._threads:
+            thread.join()
 
-    # What only its own thread calls.
+    def stuck_for(self) -> float:
+        """Seconds that the longest of the running engine calls has taken so far."""
+        now = time.perf_counter()
+        return max((now - started for started in list(self._calls.values())), default=0.0)
 
-    def _run(self) -> None:
+    # What only its own threads call.
+
+    def _lane(self, stages: tuple[Stage, ...]) -> None:
         try:
-            for _ in self._warm_up():  # whoever asks meanwhile is served between two batch sizes
-                if not self._work(wait=False):
-                    return
-            self.ready.set()
-            self._work(wait=True)
+            if "denoise" in stages:
+                self._warm_up()
+            else:
+                self.ready.wait()
+            while work := self._next(stages, wait=True):
+                self._do(*work)
         except Exception as error:
             log.exception("the runner stopped working")
-            self.failure = f"the engine stopped working: {error}; the server must be restarted"
-            self._refuse_until_stopped(Unavailable(self.failure))
+            with self._edge:
+                self.failure = f"the engine stopped working: {error}; the server must be restarted"
+                self._edge.notify_all()
+            self._fail(list(self._pictures.values()), Unavailable(self.failure))
 
-    def _work(self, wait: bool) -> bool:
-        """Step by step until stopping is done (False) or, unless it shall `wait`, until nothing is left (True)."""
-        while self._receive(wait):
-            batch = self._scheduler.schedule(time.perf_counter())
-            if batch is None:
-                return True
-            pictures = self._start([self._pictures[id] for id in batch.ids])
-            if pictures and self._advance(pictures):
-                self._retire(batch)
-        return False
+    def _next(self, stages: tuple[Stage, ...], wait: bool) -> tuple[Call, list[Picture]] | None:
+        """The next call for this lane and who is in it.
 
-    def _receive(self, wait: bool) -> bool:
-        """Take in every message; without any work, wait for one if asked to. False when stopping is done."""
+        None: stopping is done, another lane broke, or nobody waits and this one shall not either.
+        """
         while True:
-            if self._deadline is not None:
-                if time.perf_counter() > self._deadline:
-                    error = Unavailable(
-                        "the server stopped before this picture was finished; send it again elsewhere"
-                    )
-                    self._fail(list(self._pictures.values()), error)
-                if not self._pictures:
-                    return False
-            try:
-                message = self._inbox.get(block=wait and not self._pictures)
-            except queue.Empty:
-                return True
-            match message:
-                case _Submit(pictures):
-                    self._accept(pictures)
-                case _Cancel(pictures):
-                    self._cancel(pictures)
-                case _Stop(deadline):
-                    self._deadline = deadline
+            late: list[Picture] = []
+            with self._edge:
+                while not self.failure:
+                    now = time.perf_counter()
+                    if self._stop_at is not None:
+                        if not self._pictures:
+                            return None
+                        if now > self._stop_at:
+                            late = list(self._pictures.values())
+                            break
+                    if call := self._scheduler.schedule(now, stages):
+                        return call, self._begin(call, now)
+                    if not wait:
+                        return None
+                    self._edge.wait(None if self._stop_at is None else max(0.0, self._stop_at - now) + 0.001)
+                else:
+                    return None
+            self._fail(late, Unavailable(OUT_OF_TIME))
 
-    def _accept(self, pictures: Sequence[Picture]) -> None:
-        for picture in pictures:
-            self._pictures[picture.id] = picture
-            self._scheduler.add(Task(picture.id, picture.bucket, len(picture.sigmas) - 1, picture.arrival))
+    def _begin(self, call: Call, now: float) -> list[Picture]:
+        self._calls[call] = now
+        members = [self._pictures[id] for id in call.ids]
+        for picture in members:
+            if not picture.started:
+                picture.started = True
+                picture.spans.queue = now - picture.arrival
+                self._metrics.queue_depth.dec()
+                self._metrics.queue_time.observe(picture.spans.queue)
+        return members
 
-    def _cancel(self, pictures: Sequence[Picture]) -> None:
-        for picture in pictures:
-            if self._pictures.pop(picture.id, None) is None:
-                continue
-            self._metrics.cancelled_steps.inc(self._scheduler.cancel(picture.id))
-            self._metrics.cancelled_compute.inc(picture.compute)
-            self._leave(picture, "cancelled")
-
-    def _start(self, pictures: list[Picture]) -> list[Picture]:
-        """Give newcomers their embeddings and noise; returns those that can take the step."""
-        newcomers = [picture for picture in pictures if not picture.started]
-        if not newcomers:
-            return pictures
-        now = time.perf_counter()
-        for picture in newcomers:
-            picture.started = True
-            picture.spans.queue = now - picture.arrival
-            self._metrics.queue_depth.dec()
-            self._metrics.queue_time.observe(picture.spans.queue)
+    def _do(self, call: Call, members: list[Picture]) -> None:
+        images: list[NDArray[np.uint8]] = []
+        failed: GenerationFailed | None = None
         try:
-            for picture in newcomers:
-                picture.sample = self._engine.put(
-                    noise(picture.seed, self._latent_shape(picture.width, picture.height))
-                )
-            self._encode(newcomers)
+            images = self._stages.run(call, members)
         except Exception as error:
-            unprepared = [picture for picture in newcomers if picture.conditioning is None]
-            self._fail(unprepared, _failed("encode", error))
-        return [picture for picture in pictures if picture.id in self._pictures]
-
-    def _encode(self, newcomers: list[Picture]) -> None:
-        missing: dict[TokenIds, list[Picture]] = {}
-        for picture in newcomers:
-            picture.conditioning = self._embeddings.get(picture.tokens)
-            if picture.conditioning is None:
-                missing.setdefault(picture.tokens, []).append(picture)
-        misses = sum(map(len, missing.values()))
-        self._metrics.cache_misses.labels("embedding").inc(misses)
-        self._metrics.cache_hits.labels("embedding").inc(len(newcomers) - misses)
-        if not missing:
-            return
-        started = time.perf_counter()
-        embeddings = self._engine.encode(list(missing))
-        span = self._spent("encode", len(missing), started)
-        for (tokens, pictures), conditioning in zip(missing.items(), embeddings, strict=True):
-            self._embeddings.put(tokens, conditioning)
-            for picture in pictures:
-                picture.conditioning = conditioning
-                picture.spans.encode = span
-
-    def _advance(self, pictures: list[Picture]) -> bool:
-        """One step for every picture, each at its own σ. False when the engine failed."""
-        started = time.perf_counter()
-        try:
-            samples, _ = self._engine.denoise(
-                [picture.sample for picture in pictures],
-                [picture.sigmas[picture.step] for picture in pictures],
-                [picture.sigmas[picture.step + 1] for picture in pictures],
-                [picture.conditioning for picture in pictures],
-            )
-        except Exception as error:
-            self._fail(pictures, _failed("denoise", error))
-            return False
-        span = self._spent("denoise", len(pictures), started)
-        self._metrics.step_seconds.observe(span)
-        for picture, sample in zip(pictures, samples, strict=True):
-            picture.sample = sample
-            picture.step += 1
-            picture.spans.denoise += span
-            picture.compute += span / len(pictures)
-        return True
-
-    def _retire(self, batch: Batch) -> None:
-        """Decode what has run its last step, and reply."""
-        finished = [self._pictures[id] for id in self._scheduler.postprocess(batch)]
-        if not finished:
-            return
-        started = time.perf_counter()
-        try:
-            images = self._engine.decode([picture.sample for picture in finished])
-        except Exception as error:
-            self._fail(finished, _failed("decode", error))
-            return
-        span = self._spent("decode", len(finished), started)
-        for picture, image in zip(finished, images, strict=True):
-            del self._pictures[picture.id]
-            picture.spans.decode = span
-            self._leave(picture, "finished")
+            failed = _failed(call.stage, error)
+        if failed is not None:
+            self._fail(members, failed)
+        elif call.stage == "denoise":
+            self._preview(call, [picture for picture in members if picture.preview_due])
+        with self._edge:
+            del self._calls[call]
+            for picture in members:
+                if self._cancelled.pop(picture.id, None) is not None:
+                    self._drop(picture)
+            finished = set(self._scheduler.postprocess(call, time.perf_counter()))
+            leaving = [
+                (picture, image)
+                for picture, image in zip(members, images, strict=False)
+                if picture.id in finished
+            ]
+            for picture, _ in leaving:
+                del self._pictures[picture.id]
+                self._leave(picture, "finished")
+            self._edge.notify_all()
+        for picture, image in leaving:
             picture.reply(picture, image)
 
+    def _preview(self, call: Call, pictures: Sequence[Picture]) -> None:
+        if not pictures:
+            return
+        try:
+            images = self._stages.previews(call.bucket, pictures)
+        except (
+            Exception
+        ) as error:  # the picture itself may still come; if the engine is broken, its next call tells
+            _failed("decode previews of", error)
+            return
+        for picture, image in zip(pictures, images, strict=True):
+            assert picture.preview is not None
+            picture.preview(picture, image)
+
     def _fail(self, pictures: Sequence[Picture], error: ServeError) -> None:
-        for picture in pictures:
-            self._scheduler.cancel(picture.id)
-            del self._pictures[picture.id]
-            self._leave(picture, "failed")
+        with self._edge:
+            failed = [picture for picture in pictures if self._pictures.pop(picture.id, None) is not None]
+            for picture in failed:
+                self._scheduler.cancel(picture.id)
+                self._leave(picture, "failed")
+        for picture in failed:
             picture.reply(picture, error)
+
+    def _drop(self, picture: Picture) -> None:
+        self._metrics.cancelled_compute.inc(picture.compute)
+        self._leave(picture, "cancelled")
 
     def _leave(self, picture: Picture, outcome: str) -> None:
         if not picture.started:
             self._metrics.queue_depth.dec()
         self._metrics.pictures.labels(outcome).inc()
 
-    def _spent(self, stage: str, batch: int, started: float) -> float:
-        span = time.perf_counter() - started
-        self._metrics.batch_size.labels(stage).observe(batch)
-        self._costs.record(stage, span)
-        return span
-
-    def _warm_up(self) -> Iterator[int]:
-        """Run every component at every batch size and picture size that requests can lead to; yields batch sizes."""
-        engine = self._engine
-        ids = engine.tokenize("")
-        for batch in range(1, engine.info.max_batch + 1):
-            started = time.perf_counter()
-            conditioning = engine.encode([ids] * batch)
-            self._costs.record("encode", time.perf_counter() - started)
-            for size in engine.manifest.sizes:
-                shape = self._latent_shape(size.width, size.height)
-                samples = [engine.put(noise(seed, shape)) for seed in range(batch)]
-                started = time.perf_counter()
-                samples, _ = engine.denoise(samples, [1.0] * batch, [0.0] * batch, conditioning)
-                stepped = time.perf_counter()
-                self._costs.record("denoise", stepped - started)
-                engine.decode(samples)
-                self._costs.record("decode", time.perf_counter() - stepped)
-            yield batch
-
-    def _latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        latent = self._engine.manifest.latent
-        return (latent.channels, height // latent.downscale, width // latent.downscale)
-
-    def _refuse_until_stopped(self, error: Unavailable) -> None:
-        self._fail(list(self._pictures.values()), error)
-        while (
-            self._deadline is None
-        ):  # a stop that was taken in before the failure is the only one there will be
-            match self._inbox.get():
-                case _Submit(pictures):
-                    self._accept(pictures)
-                    self._fail(pictures, error)
-                case _Stop(deadline):
-                    self._deadline = deadline
+    def _warm_up(self) -> None:
+        """Run every component at every batch and picture size that requests can lead to; whoever asks meanwhile is
+        served between two of these calls."""
+        engine = self._stages.engine
+        sizes = [(size.width, size.height) for size in engine.manifest.sizes]
+        calls = [
+            (stage, bucket, batch)
+            for batch in range(1, engine.info.max_batch + 1)
+            for stage in STAGES
+            for bucket in ((TEXT,) if stage == "encode" else sizes)
+        ]
+        for done, (stage, bucket, batch) in enumerate(calls):
+            self.warmed = (done, len(calls))
+            self._stages.warm_up(stage, bucket, batch)
+            while work := self._next(STAGES, wait=False):
+                self._do(*work)
+            if self._stop_at is not None:
+                return
+        self.warmed = (len(calls), len(calls))
+        self.ready.set()
+        self._on_ready()
 
 
 def _failed(stage: str, error: Exception) -> GenerationFailed:

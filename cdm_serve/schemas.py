@@ -1,29 +1,25 @@
 """Every HTTP field of the native API: its type, its limit, and what a client reads when it breaks one.
 
 Types are checked by `GenerateRequest` (strict: true is no 1, "4" is no 4, unknown fields are refused); values are
-checked by `Limits`, which come from the settings and from what the bundle was exported for.
+checked by `Limits` (`limits.py`), which come from the settings and from what the bundle was exported for. Other APIs'
+bodies are read by the same `parse_fields`.
 """
 
 from __future__ import annotations
 
 import json
-import secrets
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cdm_serve.errors import InvalidRequest, MalformedBody
-from cdm_serve.settings import ServeSettings
-from engines.bundle import Manifest
-from engines.errors import BundleError
-from engines.noise import MAX_SEED
 
 Format = Literal["png", "jpeg", "webp"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-# A seed that nobody chose is short enough to retype and exact in JavaScript.
-DRAWN_SEEDS = 2**32
+Fields = TypeVar("Fields", bound=BaseModel)
+TYPE_NAMES: dict[Any, str] = {str: "a string", int: "an integer", bool: "true or false"}
 
 
 class GenerateRequest(BaseModel):
@@ -33,7 +29,20 @@ class GenerateRequest(BaseModel):
 
     prompt: Annotated[str, Field(description="what to draw; unknown words are no error")]
     seed: Annotated[int | None, Field(description="seed of the first picture; the next has seed + 1")] = None
-    steps: Annotated[int | None, Field(description="denoising steps")] = None
+    steps: Annotated[
+        int | Literal["auto"] | None,
+        Field(
+            description="denoising steps; auto: the default, or fewer where the deadline would be missed otherwise"
+        ),
+    ] = None
+    min_steps: Annotated[int | None, Field(description="with steps=auto: the fewest to be content with")] = (
+        None
+    )
+    deadline_ms: Annotated[
+        int | None,
+        Field(description="milliseconds until the pictures are wanted; refused at once if that cannot be"),
+    ] = None
+    priority: Annotated[int, Field(description="larger goes first")] = 0
     num_images: Annotated[int, Field(description="pictures to make")] = 1
     width: Annotated[int | None, Field(description="pixels across")] = None
     height: Annotated[int | None, Field(description="pixels down")] = None
@@ -44,183 +53,74 @@ class GenerateRequest(BaseModel):
             description="image: the picture itself; json: base64, seeds and timings; default: image for one picture"
         ),
     ] = None
-
-
-@dataclass(frozen=True)
-class Order:
-    """A request with every default filled in and every limit met. Sizes in pixels, one seed per picture."""
-
-    prompt: str
-    seeds: tuple[int, ...]
-    steps: int
-    width: int
-    height: int
-    format: Format
-    as_json: bool
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What this server can be asked for: the settings' limits within the bundle's."""
-
-    steps: tuple[int, ...]
-    default_steps: int
-    sizes: tuple[tuple[int, int], ...]
-    """(width, height) in pixels."""
-    default_size: tuple[int, int]
-    max_images: int
-    max_prompt_chars: int
-
-    @classmethod
-    def of(cls, settings: ServeSettings, manifest: Manifest) -> Limits:
-        """Raises `BundleError` when the settings leave nothing of what the bundle can do."""
-        steps = tuple(sorted(n for n in manifest.schedules if n <= settings.max_steps))
-        if not steps:
-            raise BundleError(
-                f"--max-steps={settings.max_steps} allows none of the bundle's step counts "
-                f"{_listed(sorted(manifest.schedules))}; restart with --max-steps {min(manifest.schedules)} or more"
-            )
-        within_default = [n for n in steps if n <= manifest.default_steps]
-        return cls(
-            steps=steps,
-            default_steps=max(within_default, default=steps[0]),
-            sizes=tuple((size.width, size.height) for size in manifest.sizes),
-            default_size=(manifest.default_size.width, manifest.default_size.height),
-            max_images=settings.max_images,
-            max_prompt_chars=settings.max_prompt_chars,
-        )
-
-    def order(self, request: GenerateRequest) -> Order:
-        """Fill in the defaults and check every value; every broken limit is named in one error."""
-        seed = secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed
-        order = Order(
-            prompt=request.prompt,
-            seeds=tuple((seed + i) % (MAX_SEED + 1) for i in range(min(request.num_images, self.max_images))),
-            steps=self.default_steps if request.steps is None else request.steps,
-            width=self.default_size[0] if request.width is None else request.width,
-            height=self.default_size[1] if request.height is None else request.height,
-            format=request.format,
-            as_json=request.response_format == "json" or request.num_images > 1,
-        )
-        if problems := [*self._text_problems(request), *self._number_problems(request, order)]:
-            raise InvalidRequest("; ".join(message for _, message in problems), param=problems[0][0])
-        return order
-
-    def _text_problems(self, request: GenerateRequest) -> list[tuple[str, str]]:
-        length = len(request.prompt)
-        if not request.prompt.strip():
-            return [("prompt", "prompt is empty; say what to draw")]
-        if length > self.max_prompt_chars:
-            return [
-                (
-                    "prompt",
-                    f"prompt has {length} characters, the limit is {self.max_prompt_chars}; shorten it",
-                )
-            ]
-        return []
-
-    def _number_problems(self, request: GenerateRequest, order: Order) -> list[tuple[str, str]]:
-        problems = []
-        if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
-            problems.append(("seed", f"seed={_number(request.seed)} is outside 0 to {MAX_SEED}"))
-        if order.steps not in self.steps:
-            problems.append(
-                ("steps", f"steps={_number(order.steps)} is not offered; allowed: {_listed(self.steps)}")
-            )
-        if not 1 <= request.num_images <= self.max_images:
-            problems.append(
-                ("num_images", f"num_images={_number(request.num_images)} is outside 1 to {self.max_images}")
-            )
-        elif request.num_images > 1 and request.response_format == "image":
-            message = (
-                f"response_format='image' carries one picture, num_images={request.num_images} were asked for; "
-                "ask for response_format='json' (or leave it out), or for num_images=1"
-            )
-            problems.append(("response_format", message))
-        if (order.width, order.height) not in self.sizes:
-            param = "width" if order.width not in {width for width, _ in self.sizes} else "height"
-            sizes = _listed(f"{width}×{height}" for width, height in self.sizes)
-            asked = f"width={_number(order.width)}, height={_number(order.height)}"
-            problems.append((param, f"{asked} is not a size of this model; allowed: {sizes}"))
-        return problems
-
-    def schema(self) -> dict[str, Any]:
-        """The body's JSON schema with this server's limits in it, for the OpenAPI document."""
-        schema = GenerateRequest.model_json_schema()
-        fields = {name: _plain(field) for name, field in schema["properties"].items()}
-        fields["prompt"] |= {"minLength": 1, "maxLength": self.max_prompt_chars, "example": "red apple"}
-        fields["seed"] |= {"minimum": 0, "maximum": MAX_SEED}
-        fields["steps"] |= {"enum": list(self.steps), "default": self.default_steps}
-        fields["num_images"] |= {"minimum": 1, "maximum": self.max_images}
-        fields["width"] |= {
-            "enum": sorted({width for width, _ in self.sizes}),
-            "default": self.default_size[0],
-        }
-        fields["height"] |= {
-            "enum": sorted({height for _, height in self.sizes}),
-            "default": self.default_size[1],
-        }
-        return {**schema, "properties": fields}
+    stream: Annotated[
+        bool,
+        Field(description="answer with server-sent events while the one picture is made, previews before it"),
+    ] = False
+    previews: Annotated[
+        int | None,
+        Field(
+            description="with stream: the most previews, spread over the steps; default: after every step but the last"
+        ),
+    ] = None
 
 
 def parse_body(body: bytes) -> GenerateRequest:
-    """Bytes → request.
+    """Bytes → request of the native API. Raises as `parse_fields` does."""
+    return parse_fields(GenerateRequest, body)
+
+
+def parse_fields(model: type[Fields], body: bytes) -> Fields:
+    """Bytes → the fields of `model`, of their types; values are not checked yet.
 
     Raises:
         MalformedBody: not JSON.
         InvalidRequest: a wrong type, an unknown field or a missing one.
     """
     try:
-        return GenerateRequest.model_validate_json(body)
+        return model.model_validate_json(body)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
     if problems[0]["type"] == "json_invalid":
         raise MalformedBody(f"the body is not JSON ({problems[0]['msg'].removeprefix('Invalid JSON: ')})")
+    # A field of several types has a problem for each of them: one is enough.
+    problems = list({problem["loc"][:1]: problem for problem in reversed(problems)}.values())[::-1]
     names = [".".join(str(part) for part in problem["loc"][:1]) or "body" for problem in problems]
-    messages = [_type_message(name, problem) for name, problem in zip(names, problems, strict=True)]
+    messages = [_type_message(model, name, problem) for name, problem in zip(names, problems, strict=True)]
     raise InvalidRequest("; ".join(messages), param=None if names[0] == "body" else names[0])
 
 
-def _type_message(name: str, problem: Any) -> str:
-    known = GenerateRequest.model_fields
+def _type_message(model: type[BaseModel], name: str, problem: Any) -> str:
+    known = model.model_fields
     if problem["type"] == "missing":
         return f"{name} is required"
     if problem["type"] == "extra_forbidden":
-        return f"{_quoted(name)} is no field; fields: {', '.join(known)}"
-    if name == "body":
+        return f"{quoted(name)} is no field; fields: {', '.join(known)}"
+    if problem["loc"] == ():
         return 'the body must be a JSON object such as {"prompt": "red apple"}'
-    options = [str(option) for option in _options(known[name].annotation)]
-    wanted = f"one of {', '.join(options)}" if options else _type_name(known[name].annotation)
-    return f"{name}={_quoted(problem['input'])} must be {wanted}"
+    return f"{name}={quoted(problem['input'])} must be {_wanted(known[name].annotation)}"
 
 
-def _options(annotation: Any) -> tuple[Any, ...]:
-    if not get_args(annotation):
-        return ()
-    flat = [option for part in get_args(annotation) for option in (get_args(part) or (part,))]
-    return tuple(option for option in flat if isinstance(option, str))
+def _wanted(annotation: Any) -> str:
+    """What may stand in a field, in words: `int | Literal["auto"] | None` is "an integer or auto"."""
+    parts = [part for part in get_args(annotation) or (annotation,) if part is not NoneType]
+    flat = [option for part in parts for option in (get_args(part) or (part,))]
+    names = [TYPE_NAMES[part] for part in flat if part in TYPE_NAMES]
+    options = [str(option) for option in flat if option not in TYPE_NAMES]
+    if not names and len(options) > 1:
+        return f"one of {', '.join(options)}"
+    return " or ".join([*names, *options])
 
 
-def _type_name(annotation: Any) -> str:
-    return "a string" if annotation is str else "an integer"
-
-
-def _quoted(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A client's value as JSON, cut to what an error message can carry."""
     text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _number(value: int) -> str:
+def number(value: int) -> str:
     return str(value) if abs(value) < 10**40 else f"an integer of {value.bit_length()} bits"
 
 
-def _listed(values: Any) -> str:
+def listed(values: Any) -> str:
     return ", ".join(str(value) for value in values)
-
-
-def _plain(field: dict[str, Any]) -> dict[str, Any]:
-    """Write an optional field as its type: leaving it out and null mean the same."""
-    options = [option for option in field.pop("anyOf", []) if option != {"type": "null"}]
-    plain = {key: value for key, value in field.items() if key != "title" and value is not None}
-    return {**plain, **(options[0] if options else {})}

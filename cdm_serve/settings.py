@@ -14,6 +14,8 @@ from engines.cli import CommandSettings
 MAX_PROMPT_CHARS = 4096
 
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/\s]+)$")]
+Function = Annotated[str, StringConstraints(pattern=r"^\w+(\.\w+)*:\w+$")]
 
 
 def default_bundle() -> Path:
@@ -31,8 +33,19 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
     precision: str = Field("auto", description="arithmetic of the runtime; auto: the runtime's best here")
     threads: int = Field(0, ge=0, le=1024, description="threads of the runtime; 0: the runtime chooses")
     max_batch: int = Field(8, ge=1, le=256, description="pictures that one engine call may advance")
+    invariant_batch: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="run every engine call in groups of exactly so many pictures: the same seed then gives the same bytes "
+        "whatever shares its batch; 0: batches as they come",
+    )
     cache_dir: Path | None = Field(
-        None, description="folder for compiled models; none: compile at every start"
+        None, description="folder for compiled models and measured costs; none: compile and measure at every start"
+    )
+
+    fake_costs: Path | None = Field(
+        None, description="cost table (JSON): how long calls of the fake engine take; none: no time"
     )
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0: all")
@@ -45,12 +58,57 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
     )
     max_body_bytes: int = Field(65536, ge=256, le=2**30, description="longest request body, in bytes")
 
+    policy: Literal["step", "request", "none"] = Field(
+        "step",
+        description="who shares an engine call; step: joining and leaving at every step; request: whole requests of "
+        "equal steps; none: one picture at a time (the last two to compare with)",
+    )
+    aging_s: float = Field(
+        5.0, gt=0, le=3600, description="seconds of waiting that raise a picture by one priority"
+    )
+    auto_deadline_ms: int = Field(
+        1000, ge=1, le=3_600_000, description='deadline of requests with steps="auto" that give none'
+    )
+    stuck_s: float = Field(
+        60.0,
+        gt=0,
+        le=86400,
+        description="seconds after which a running engine call counts as stuck: /livez fails",
+    )
     queue_limit: int = Field(
         64, ge=1, le=1_000_000, description="pictures accepted and unfinished; more get 429"
     )
     image_workers: int = Field(2, ge=1, le=64, description="threads that encode PNG, JPEG and WebP")
     embedding_cache: int = Field(1024, ge=0, le=1_000_000, description="prompt embeddings kept; 0: none")
 
+    body_timeout_s: float = Field(
+        30.0, gt=0, le=3600, description="seconds that a request's body may take to arrive"
+    )
+    max_connections: int = Field(
+        512, ge=1, le=65536, description="connections open at once; on more, all but probes get 503"
+    )
+
+    keys: Path | None = Field(
+        None, description="file of API keys, written by `python -m cdm_serve.keys`; none: no key is asked for"
+    )
+    metrics_open: bool = Field(
+        False, description="with --keys: /metrics needs no key; off: an admin's, as /admin does"
+    )
+    cors_origin: tuple[Origin, ...] = Field(
+        (),
+        description="sites whose pages may use this server, such as https://example.org; *: all; none: only its own",
+    )
+    block_list: Path | None = Field(
+        None, description="file of words and phrases, one a line, that no prompt may have; none: any prompt"
+    )
+    safety_hook: Function | None = Field(
+        None, description="module:function that is shown every picture and says whether it may be sent; none: all"
+    )
+
+    log_format: Literal["text", "json"] = Field("text", description="how log lines are written")
+    log_prompts: bool = Field(
+        False, description="write prompts, and messages of exceptions that may quote them, into the log"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe log line"
     )
@@ -70,6 +128,21 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
     )
 
     @model_validator(mode="after")
+    def _groups_fit_a_batch(self) -> Self:
+        if self.invariant_batch > self.max_batch:
+            raise ValueError(
+                f"--invariant-batch={self.invariant_batch} exceeds --max-batch={self.max_batch}: part of every group "
+                f"would always be padding; lower it to {self.max_batch} or raise --max-batch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _open_metrics_need_keys(self) -> Self:
+        if self.metrics_open and self.keys is None:
+            raise ValueError("--metrics-open goes with --keys: without keys everything is open; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _one_request_fits_the_queue(self) -> Self:
         if self.max_images > self.queue_limit:
             raise ValueError(
@@ -85,5 +158,7 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
             precision=self.precision,
             threads=self.threads,
             max_batch=self.max_batch,
+            invariant_batch=self.invariant_batch,
             cache_dir=self.cache_dir,
+            fake_costs=self.fake_costs,
         )

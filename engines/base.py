@@ -39,13 +39,20 @@ Sample = Any
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to run a bundle. `threads=0` lets the runtime choose; `cache_dir=None` compiles anew at every start."""
+    """How to run a bundle. `threads=0` lets the runtime choose; `cache_dir=None` compiles anew at every start.
+
+    `invariant_batch=n` runs every call in groups of exactly n pictures (padded), so that a picture's bytes do not depend
+    on what shares its batch: a runtime sums in another order for another batch size. 0: batches as they come.
+    """
 
     runtime: str = "auto"
     precision: str = "auto"
     threads: int = 0
     max_batch: int = 8
     cache_dir: Path | None = None
+    invariant_batch: int = 0
+    fake_costs: Path | None = None
+    """Table of what calls shall take (`engines/call_costs.py`); only the fake runtime can follow one."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,13 @@ class EngineInfo:
     precision: str
     max_batch: int
     threads: int
+    invariant_batch: int = 0
+    overlap: bool = False
+    """Whether a decode call may run, from another thread, while encode or denoise does, and gains by it."""
 
 
 class Engine(ABC):
-    """One bundle, loaded on one runtime. Calls come from one thread at a time.
+    """One bundle, loaded on one runtime. Calls come from one thread at a time (`info.overlap`: from two).
 
     Every method takes and returns one entry per picture, `1 ≤ batch ≤ info.max_batch`, and raises
     `ExecutionError` when the device fails.
@@ -69,6 +79,8 @@ class Engine(ABC):
 
     manifest: Manifest
     info: EngineInfo
+    cache_folder: Path | None = None
+    """Where compiled models of exactly this bundle and runtime are kept; none: nowhere."""
 
     @abstractmethod
     def tokenize(self, prompt: str) -> TokenIds:
@@ -131,6 +143,11 @@ def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
 def _load(name: str, bundle: Bundle, options: EngineOptions) -> Engine:
     if name not in RUNTIMES:
         raise RuntimeUnavailable(f"runtime={name!r} is unknown; allowed: auto, {', '.join(RUNTIMES)}")
+    if options.fake_costs is not None and name != "fake":
+        raise RuntimeUnavailable(
+            f"fake_costs={options.fake_costs} means nothing to {name}, whose calls take what they take; leave it out, or "
+            "choose the fake runtime"
+        )
     module_name, class_name = RUNTIMES[name].split(":")
     try:
         module = importlib.import_module(module_name)

@@ -3,6 +3,7 @@
 EngineError
 ├── BundleError        the folder is not a bundle this version can serve (hash, version, schedule, file)
 ├── RuntimeUnavailable the runtime is unknown, or its packages or device are missing here
+├── CostTableError     a file is no table of what engine calls take
 ├── ExportError        a model cannot be exported, or its export does not match torch
 └── ExecutionError     one call failed while running; the engine itself may still be usable
 """
@@ -20,6 +21,10 @@ class BundleError(EngineError):
 
 class RuntimeUnavailable(EngineError):
     """The asked-for runtime is unknown, or cannot run on this machine."""
+
+
+class CostTableError(EngineError):
+    """The file is no table of what engine calls take."""
 
 
 class ExportError(EngineError):

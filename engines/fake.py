@@ -35,6 +35,7 @@ from engines.bundle import (
     load_bundle,
     write_manifest,
 )
+from engines.call_costs import read_cost_table
 from engines.errors import ExecutionError, RuntimeUnavailable
 
 Cost = Callable[[str, int], float]
@@ -49,6 +50,7 @@ CALLS_KEPT = 4096
 class FakeEngine(Engine):
     """Colour fields for any bundle's shapes. `calls` holds the last (component, batch) pairs it was asked for.
 
+    A call waits for what `cost` says, or the table at `options.fake_costs` for its first size, before it paints.
     Raises `RuntimeUnavailable` for options that could change nothing here.
     """
 
@@ -59,11 +61,13 @@ class FakeEngine(Engine):
         *,
         cost: Cost | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        overlap: bool = False,
     ) -> None:
         given = {
             "precision": (options.precision, "auto"),
             "threads": (options.threads, 0),
             "cache_dir": (options.cache_dir, None),
+            "invariant_batch": (options.invariant_batch, 0),
         }
         for name, (value, nothing) in given.items():
             if value != nothing:
@@ -79,8 +83,11 @@ class FakeEngine(Engine):
             precision="float32",
             max_batch=options.max_batch,
             threads=1,
+            overlap=overlap,
         )
         self.calls: deque[tuple[str, int]] = deque(maxlen=CALLS_KEPT)
+        if cost is None and options.fake_costs is not None:
+            cost = read_cost_table(options.fake_costs).first_size()
         self._cost = cost
         self._sleep = sleep
         self._counts: Counter[str] = Counter()

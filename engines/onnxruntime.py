@@ -24,7 +24,7 @@ class OnnxRuntimeEngine(HostEngine):
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
-        super().__init__(bundle)
+        super().__init__(bundle, options)
         if options.precision not in ("auto", "f32"):
             raise RuntimeUnavailable(
                 f"precision={options.precision!r} is not one of onnxruntime's: auto, f32; "
@@ -55,6 +55,7 @@ class OnnxRuntimeEngine(HostEngine):
             precision="f32",
             max_batch=options.max_batch,
             threads=options.threads,
+            invariant_batch=options.invariant_batch,
         )
 
     def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:

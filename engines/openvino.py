@@ -37,7 +37,7 @@ class OpenVINOEngine(HostEngine):
     """A bundle on OpenVINO's CPU plugin. Raises `RuntimeUnavailable` for a precision that it does not have."""
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
-        super().__init__(bundle)
+        super().__init__(bundle, options)
         self._core = ov.Core()
         self._graphs = {component: bundle.path(component) for component in COMPONENTS}
         self._read: dict[str, ov.Model] = {}
@@ -75,7 +75,9 @@ class OpenVINOEngine(HostEngine):
             precision=self._precision,
             max_batch=options.max_batch,
             threads=int(compiled.get_property("INFERENCE_NUM_THREADS")),
+            invariant_batch=options.invariant_batch,
         )
+        self.cache_folder = self._cache.folder
 
     def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         request = self._requests[component]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine, TokenIds
+from engines.base import Engine, EngineOptions, TokenIds
 from engines.bundle import Bundle
 from engines.errors import ExecutionError
 from engines.text import BundleTokenizers
@@ -25,8 +25,9 @@ Embedding = tuple[Row, ...]
 class HostEngine(Engine):
     """A runtime whose arrays live in host memory."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         self.manifest = bundle.manifest
+        self._group = options.invariant_batch
         self._text = BundleTokenizers(bundle)
         factor = bundle.manifest.latent.downscale
         self._latents = {(size.height // factor, size.width // factor) for size in bundle.manifest.sizes}
@@ -74,12 +75,20 @@ class HostEngine(Engine):
         assert 1 <= batch <= self.info.max_batch, (component, batch, self.info.max_batch)
         self._check_shapes(component, inputs)
         try:
-            return self._run(component, inputs)
+            return self._grouped(component, batch, inputs) if self._group else self._run(component, inputs)
         except Exception as error:  # each runtime has its own; the scheduler knows one
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ExecutionError(
                 f"{self.info.runtime} failed in {component} at batch {batch}: {reason[0]}"
             ) from error
+
+    def _grouped(self, component: str, batch: int, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """`_run` in groups of exactly `invariant_batch` rows; the last is filled up with its own first row."""
+        parts = []
+        for start in range(0, batch, self._group):
+            rows = [start + row if start + row < batch else start for row in range(self._group)]
+            parts.append(self._run(component, {name: array[rows] for name, array in inputs.items()}))
+        return {name: np.concatenate([part[name] for part in parts])[:batch] for name in parts[0]}
 
     def _check_shapes(self, component: str, inputs: Mapping[str, Array]) -> None:
         """Not left to the runtime: OpenVINO was seen to accept a smaller x and to read past its end."""

@@ -28,10 +28,11 @@ function operation(path, method, spec) {
     const rows = Object.entries(schema.properties).map(([name, field]) => [
       schema.required.includes(name) ? `${name} *` : name, allowed(field), String(field.default ?? "–"), field.description,
     ]);
-    const url = new URL(path.slice(1), location.href).href;
+    const url = decodeURI(new URL(path.slice(1), location.href).href);
+    const example = schema.example ? JSON.stringify(schema.example) : '{"prompt": "red apple"}';
     section.append(
       table(["field", "allowed", "default", "meaning"], rows),
-      make("pre", { textContent: `curl --json '{"prompt": "red apple"}' ${url} -o apple.png` }),
+      make("pre", { textContent: `curl --json '${example}' ${url} -o ${schema.example ? "answer" : "apple.png"}` }),
     );
   }
   const answers = Object.entries(spec.responses).map(([status, answer]) => [status, answer.description]);

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
+import uvicorn
 from fastapi.testclient import TestClient
 
 from cdm_serve.app import create_app
+from cdm_serve.costs import Bucket, CostModel, Stage
+from cdm_serve.main import listen
 from cdm_serve.service import Service
 from cdm_serve.settings import ServeSettings
 from engines.base import EngineOptions
@@ -48,6 +53,22 @@ class Gate:
         return 0.0
 
 
+class FixedCosts(CostModel):
+    """A cost model that has made up its mind: batches cost little more than single calls. It learns nothing."""
+
+    SECONDS: ClassVar[dict[Stage, tuple[float, float]]] = {
+        "encode": (1e-6, 1e-9), "denoise": (4e-6, 1e-7), "decode": (1e-6, 1e-9)
+    }  # fmt: skip
+
+    def record(self, stage: Stage, bucket: Bucket, batch: int, seconds: float) -> None:
+        del stage, bucket, batch, seconds
+
+    def seconds(self, stage: Stage, bucket: Bucket, batch: int) -> float:
+        del bucket
+        call, each = self.SECONDS[stage]
+        return call + each * batch
+
+
 class App:
     """A served fake engine."""
 
@@ -57,7 +78,7 @@ class App:
         self.settings = ServeSettings(**settings)
         options = EngineOptions(max_batch=self.settings.max_batch)
         self.engine = FakeEngine(bundle, options, cost=gate.cost, sleep=lambda _: None)
-        self.asgi = create_app(self.settings, self.engine)
+        self.asgi = create_app(self.settings, self.engine, FixedCosts())
         self.service: Service = self.asgi.state.service
         self.client = TestClient(self.asgi, raise_server_exceptions=False)
 
@@ -65,12 +86,49 @@ class App:
         return self.service.metrics.registry.get_sample_value(name, labels) or 0.0
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
-        pause = threading.Event()
-        for _ in range(int(PATIENCE_S / 0.002)):
-            if happened():
-                return
-            pause.wait(0.002)
-        raise AssertionError("it never happened")
+        wait_until(happened)
+
+
+@contextmanager
+def listening(app: App, **config: Any) -> Iterator[str]:
+    """Serve `app` on a socket rather than through its client, for clients that need one; yields its URL."""
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app.asgi, log_config=None, access_log=False, **config))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        assert app.service.runner.ready.wait(PATIENCE_S)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        app.gate.open()
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    """Return once it has happened; a test fails that waits for too long."""
+    pause = threading.Event()
+    for _ in range(int(PATIENCE_S / 0.002)):
+        if happened():
+            return
+        pause.wait(0.002)
+    raise AssertionError("it never happened")
+
+
+def read_events(body: bytes) -> list[tuple[str, Any]]:
+    """WHATWG HTML 9.2.6, as far as is used: lines end at CR, LF or both; comments begin with a colon."""
+    events, name, data = [], "", []
+    for line in body.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n"):
+        field, _, value = line.partition(":")
+        if not line and data:
+            events.append((name, json.loads("\n".join(data))))
+            name, data = "", []
+        elif field == "event":
+            name = value.removeprefix(" ")
+        elif field == "data":
+            data.append(value.removeprefix(" "))
+    return events
 
 
 def error_of(response: Any) -> dict[str, Any]:

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cdm_serve.admission import Costs
+from cdm_serve.embeddings import EmbeddingCache
 from cdm_serve.errors import GenerationFailed, ServeError, Unavailable
 from cdm_serve.metrics import Metrics
 from cdm_serve.picture import Picture
 from cdm_serve.runner import Runner
+from cdm_serve.scheduler import Scheduler
+from cdm_serve.stages import Stages
 from engines.base import EngineOptions
 from engines.bundle import Bundle
 from engines.fake import FakeEngine
-from tests.cdm_serve.helpers import PATIENCE_S, Gate
+from tests.cdm_serve.helpers import PATIENCE_S, FixedCosts, Gate, wait_until
 
 Outcome = NDArray[np.uint8] | ServeError
 
@@ -27,13 +29,15 @@ Outcome = NDArray[np.uint8] | ServeError
 class Bench:
     """A runner with a gated engine, and what it replied."""
 
-    def __init__(self, bundle: Bundle, max_batch: int, cache: int) -> None:
+    def __init__(self, bundle: Bundle, max_batch: int, cache: int, overlap: bool = False) -> None:
         self.gate = Gate()
         self.engine = FakeEngine(
-            bundle, EngineOptions(max_batch=max_batch), cost=self.gate.cost, sleep=lambda _: None
-        )
+            bundle, EngineOptions(max_batch=max_batch), cost=self.gate.cost, sleep=lambda _: None,
+            overlap=overlap,
+        )  # fmt: skip
         self.metrics = Metrics()
-        self.runner = Runner(self.engine, self.metrics, Costs(), cache)
+        stages = Stages(self.engine, self.metrics, FixedCosts(), EmbeddingCache(cache))
+        self.runner = Runner(stages, Scheduler(stages.costs, max_batch), self.metrics)
         self.replies: Queue[tuple[Picture, Outcome]] = Queue()
 
     def start(self) -> None:
@@ -77,7 +81,7 @@ def bench(bundle: Bundle) -> Iterator[Callable[..., Bench]]:
     yield make
     for bench in benches:
         bench.gate.open()
-        if bench.runner._thread.is_alive():
+        if bench.runner._threads[0].is_alive():
             bench.runner.stop(PATIENCE_S)
             bench.runner.join()
 
@@ -222,7 +226,7 @@ def test_stop_answers_everything_that_was_accepted(bench: Callable[..., Bench]) 
 
 def test_stop_out_of_time_answers_the_rest_unavailable(bench: Callable[..., Bench]) -> None:
     b = bench(max_batch=1)
-    b.gate.close()
+    b.gate.close("decode")
     b.runner.submit([b.picture("cat", 1, 1), b.picture("cat", 2, 1)])
     b.gate.wait()
     b.runner.stop(0.0)
@@ -260,15 +264,15 @@ def test_picture_asked_for_during_warm_up_does_not_wait_for_its_end(bench: Calla
 
 def test_failed_warm_up_answers_instead_of_hanging(bench: Callable[..., Bench]) -> None:
     b = bench(start=False)
-    b.engine.fail("decode")
-    b.runner.start()
     b.runner.submit([b.picture("cat", 1, 2)])
+    b.engine.fail("encode")
+    b.runner.start()
     outcome = b.replied(1)[1]
     assert isinstance(outcome, Unavailable)
     assert b.runner.failure == str(outcome)
     assert not b.runner.ready.is_set()
-    b.runner.submit([b.picture("cat", 2, 2)])
-    assert isinstance(b.replied(1)[2], Unavailable)
+    with pytest.raises(Unavailable, match="told to fail"):
+        b.runner.submit([b.picture("cat", 2, 2)])
 
 
 def test_failure_after_the_stop_was_taken_in_ends_the_thread(
@@ -280,14 +284,14 @@ def test_failure_after_the_stop_was_taken_in_ends_the_thread(
     b.gate.wait()
     b.runner.stop(PATIENCE_S)
 
-    def broken(now: float) -> None:
-        assert b.runner._deadline is not None  # the stop is taken in at the next step edge
+    def broken(*_: object) -> None:
+        assert b.runner._stop_at is not None  # the stop is taken in at the next step edge
         raise RuntimeError("the policy broke")
 
     monkeypatch.setattr(b.runner._scheduler, "schedule", broken)
     b.gate.open()
-    b.runner._thread.join(PATIENCE_S)
-    assert not b.runner._thread.is_alive()
+    b.runner._threads[0].join(PATIENCE_S)
+    assert not b.runner._threads[0].is_alive()
     assert all(isinstance(outcome, Unavailable) for outcome in b.replied(2).values())
     assert "the policy broke" in str(b.runner.failure)
 
@@ -301,3 +305,17 @@ def test_spans_are_real_and_add_up(bench: Callable[..., Bench]) -> None:
     assert min(spans.queue, spans.encode, spans.denoise, spans.decode) > 0
     assert spans.denoise == pytest.approx(b.metric("cdm_step_seconds_sum"))
     assert b.metric("cdm_step_seconds_count") == 4
+
+
+def test_decoding_overlaps_denoising_where_the_runtime_allows(bundle: Bundle) -> None:
+    b = Bench(bundle, max_batch=1, cache=8, overlap=True)
+    b.start()
+    b.gate.close("decode")
+    b.runner.submit([b.picture("cat", 1, 1)])
+    b.gate.wait()  # its decoding is held back
+    b.runner.submit([b.picture("dog", 2, 3)])
+    wait_until(lambda: b.engine.calls.count(("denoise", 1)) == 4)
+    b.gate.open()
+    assert set(b.replied(2)) == {1, 2}
+    b.runner.stop(PATIENCE_S)
+    b.runner.join()

@@ -3,117 +3,322 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, replace
+from math import inf
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdm_serve.scheduler import Batch, Scheduler, Task
+from cdm_serve.baselines import POLICIES
+from cdm_serve.costs import TEXT, CostModel
+from cdm_serve.scheduler import Scheduler
+from cdm_serve.tasks import Call, Task
 
-Wish = tuple[int, int, int]
-wishes = st.lists(
-    st.tuples(st.integers(0, 20), st.integers(1, 8), st.integers(0, 2)), min_size=1, max_size=30
-)
-"""(arrival, steps, bucket) per picture."""
+BUCKETS = ("small", "large")
+POLICY = st.sampled_from(sorted(POLICIES))
 
 
-def simulate(
-    asked: list[Wish], max_batch: int, cancelled: dict[int, int] | None = None
-) -> list[tuple[int, Batch, tuple[int, ...]]]:
-    """One step per tick of the clock: (tick, batch, who finished). `cancelled`: picture → tick at which it leaves."""
-    scheduler = Scheduler(max_batch)
-    log = []
-    for now in range(21 + sum(steps for _, steps, _ in asked)):
-        for id, (arrival, steps, bucket) in enumerate(asked):
-            if arrival == now:
-                scheduler.add(Task(id, bucket, steps, float(arrival)))
-        for id, tick in (cancelled or {}).items():
-            if tick == now:
+def costs_of(
+    encode: float = 0.1, call: float = 1.0, each: float = 0.2, decode: float = 0.5, most: int = 8
+) -> CostModel:
+    """c(batch) = call + each·batch for a step; a decode call costs `decode` per picture."""
+    costs = CostModel()
+    for batch in (1, most):
+        costs.record("encode", TEXT, batch, encode)
+        for bucket in BUCKETS:
+            costs.record("denoise", bucket, batch, call + each * batch)
+            costs.record("decode", bucket, batch, decode * batch)
+    return costs
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One picture asked for, and when its client leaves (never: infinity)."""
+
+    arrival: float = 0.0
+    steps: int = 4
+    bucket: str = "small"
+    patience: float = inf
+    priority: int = 0
+    min_steps: int | None = None
+    encoded: bool = False
+    leaves: float = inf
+
+    def task(self, id: int) -> Task:
+        return Task(
+            id, self.bucket, self.steps, self.arrival, self.arrival + self.patience, self.priority,
+            self.min_steps, self.encoded,
+        )  # fmt: skip
+
+
+@st.composite
+def wishes(draw: st.DrawFn, leaving: bool = False) -> list[Wish]:
+    times = st.integers(0, 40).map(lambda tenths: tenths / 2)
+    made = []
+    for _ in range(draw(st.integers(1, 20))):
+        steps = draw(st.integers(1, 8))
+        made.append(
+            Wish(
+                arrival=draw(times), steps=steps, bucket=draw(st.sampled_from(BUCKETS)),
+                patience=draw(st.sampled_from([inf, 2.0, 8.0, 30.0])), priority=draw(st.integers(0, 2)),
+                min_steps=draw(st.none() | st.integers(1, steps)), encoded=draw(st.booleans()),
+                leaves=draw(times) if leaving and draw(st.booleans()) else inf,
+            )
+        )  # fmt: skip
+    return sorted(made, key=lambda wish: wish.arrival)
+
+
+Log = list[tuple[float, Call, tuple[int, ...], float]]
+"""(start, call, who finished by it, end)."""
+
+
+def simulate(asked: list[Wish], scheduler: Scheduler, until: float = inf) -> Log:
+    """One engine on a virtual clock; calls last what the cost model says."""
+    log: Log = []
+    now, at = 0.0, 0
+    gone: set[int] = set()
+    while (at < len(asked) or len(scheduler)) and now < until:
+        while at < len(asked) and asked[at].arrival <= now:
+            scheduler.add(asked[at].task(at))
+            at += 1
+        for id, wish in enumerate(asked[:at]):
+            if wish.leaves <= now and id not in gone:
+                gone.add(id)
                 scheduler.cancel(id)
-        batch = scheduler.schedule(float(now))
-        if batch is not None:
-            log.append((now, batch, scheduler.postprocess(batch)))
-    assert len(scheduler) == 0
+        call = scheduler.schedule(now)
+        if call is None:
+            assert len(scheduler) == 0, "pictures wait and the engine is idle"
+            if at == len(asked):
+                break
+            now = asked[at].arrival
+            continue
+        end = now + scheduler.costs.seconds(call.stage, call.bucket, len(call.ids))
+        log.append((now, call, scheduler.postprocess(call, end), end))
+        now = end
     return log
 
 
-@given(wishes, st.integers(1, 8))
-def test_every_picture_takes_exactly_its_steps_and_finishes_once(asked: list[Wish], max_batch: int) -> None:
-    log = simulate(asked, max_batch)
-    steps = Counter(id for _, batch, _ in log for id in batch.ids)
-    assert steps == {id: steps for id, (_, steps, _) in enumerate(asked)}
-    assert sorted(id for _, _, finished in log for id in finished) == list(range(len(asked)))
+def _finished(log: Log) -> dict[int, float]:
+    return {id: end for _, _, finished, end in log for id in finished}
 
 
-@given(wishes, st.integers(1, 8))
-def test_batch_has_one_bucket_no_doubles_and_at_most_max_batch(asked: list[Wish], max_batch: int) -> None:
-    for _, batch, _ in simulate(asked, max_batch):
-        assert 1 <= len(batch.ids) <= max_batch
-        assert len(set(batch.ids)) == len(batch.ids)
-        assert {asked[id][2] for id in batch.ids} == {batch.bucket}
-
-
-@given(wishes, st.integers(1, 8))
-def test_nobody_waits_longer_than_for_those_before_it(asked: list[Wish], max_batch: int) -> None:
-    finished_at = {id: now for now, _, finished in simulate(asked, max_batch) for id in finished}
-    order = sorted(range(len(asked)), key=lambda id: (asked[id][0], id))
-    for place, id in enumerate(order):
-        before = sum(asked[other][1] for other in order[: place + 1])
-        assert finished_at[id] < asked[id][0] + before
-
-
-@given(wishes, st.integers(1, 8))
-def test_no_place_stays_empty_while_an_equal_shape_waits(asked: list[Wish], max_batch: int) -> None:
-    left = {id: steps for id, (_, steps, _) in enumerate(asked)}
-    for now, batch, _ in simulate(asked, max_batch):
-        could = [
-            id
-            for id, (arrival, _, bucket) in enumerate(asked)
-            if arrival <= now and left[id] and bucket == batch.bucket
-        ]
-        assert len(batch.ids) == min(len(could), max_batch)
-        for id in batch.ids:
-            left[id] -= 1
-
-
-@given(wishes, st.integers(1, 8), st.data())
-def test_cancelled_picture_never_runs_again_and_others_lose_nothing(
-    asked: list[Wish], max_batch: int, data: st.DataObject
+@given(wishes(), st.integers(1, 8), POLICY)
+def test_everybody_is_finished_once_after_the_steps_it_allows(
+    asked: list[Wish], max_batch: int, policy: str
 ) -> None:
-    cancelled = data.draw(st.dictionaries(st.integers(0, len(asked) - 1), st.integers(0, 40)))
-    log = simulate(asked, max_batch, {id: max(tick, asked[id][0]) for id, tick in cancelled.items()})
-    for now, batch, _ in log:
-        assert all(now < max(cancelled[id], asked[id][0]) for id in batch.ids if id in cancelled)
-    finished = {id for _, _, done in log for id in done}
-    assert finished >= set(range(len(asked))) - set(cancelled)
+    log = simulate(asked, POLICIES[policy](costs_of(), max_batch))
+    steps = Counter(id for _, call, _, _ in log if call.stage == "denoise" for id in call.ids)
+    encodings = Counter(id for _, call, _, _ in log if call.stage == "encode" for id in call.ids)
+    for id, wish in enumerate(asked):
+        least = wish.steps if wish.min_steps is None or policy != "step" else wish.min_steps
+        assert least <= steps[id] <= wish.steps
+        assert encodings[id] == (not wish.encoded)
+    assert sorted(id for _, _, finished, _ in log for id in finished) == list(range(len(asked)))
 
 
-@given(wishes, st.integers(1, 8))
-def test_same_requests_give_the_same_batches(asked: list[Wish], max_batch: int) -> None:
-    assert simulate(asked, max_batch) == simulate(asked, max_batch)
+@given(wishes(leaving=True), st.integers(1, 8), POLICY)
+def test_call_has_one_stage_one_shape_no_doubles_and_at_most_max_batch(
+    asked: list[Wish], max_batch: int, policy: str
+) -> None:
+    encoded = {id for id, wish in enumerate(asked) if wish.encoded}
+    for now, call, _, _ in simulate(asked, POLICIES[policy](costs_of(), max_batch)):
+        assert 1 <= len(call.ids) <= max_batch
+        assert len(set(call.ids)) == len(call.ids) == len(call.left)
+        assert all(asked[id].arrival <= now < asked[id].leaves for id in call.ids)
+        if call.stage == "encode":
+            assert not encoded & set(call.ids)
+            encoded |= set(call.ids)
+            continue
+        assert {asked[id].bucket for id in call.ids} == {call.bucket}
+        assert set(call.ids) <= encoded
+        assert all((left > 0) == (call.stage == "denoise") for left in call.left)
 
 
-def test_newcomer_joins_at_the_next_step_edge() -> None:
-    log = simulate([(0, 4, 0), (2, 1, 0)], max_batch=4)
-    assert [batch.ids for _, batch, _ in log] == [(0,), (0,), (0, 1), (0,)]
+@given(wishes(leaving=True), st.integers(1, 8), POLICY)
+def test_who_leaves_costs_nobody_else_its_picture(asked: list[Wish], max_batch: int, policy: str) -> None:
+    finished = _finished(simulate(asked, POLICIES[policy](costs_of(), max_batch)))
+    for id, wish in enumerate(asked):
+        assert id in finished or wish.leaves < inf
+        # Its last call may be running when it leaves; then it is not finished either.
+        assert finished.get(id, 0.0) <= wish.leaves or id not in finished or finished[id] >= wish.leaves
 
 
-def test_oldest_picture_chooses_the_shape() -> None:
-    log = simulate([(0, 2, 0), (0, 1, 1), (0, 2, 0)], max_batch=4)
-    assert [batch.ids for _, batch, _ in log] == [(0, 2), (0, 2), (1,)]
+@given(wishes(leaving=True), st.integers(1, 8), POLICY)
+def test_equal_inputs_give_equal_schedules(asked: list[Wish], max_batch: int, policy: str) -> None:
+    first, second = (simulate(asked, POLICIES[policy](costs_of(), max_batch)) for _ in range(2))
+    assert first == second
+
+
+@given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 60)), min_size=1, max_size=12))
+def test_deadlines_hold_when_all_can(asked: list[tuple[int, int]]) -> None:
+    """Without gain from batching and with everybody there, earliest deadline first is optimal (Jackson 1955)."""
+    made = [Wish(steps=steps, patience=float(patience), encoded=True) for steps, patience in asked]
+    costs = costs_of(call=0.0, each=1.0)
+    elapsed, feasible = 0.0, True
+    for wish in sorted(made, key=lambda wish: wish.patience):
+        elapsed += wish.steps * 1.0 + 0.5
+        feasible = feasible and elapsed <= wish.patience
+    finished = _finished(simulate(made, Scheduler(costs, max_batch=1)))
+    if feasible:
+        assert all(finished[id] <= wish.patience for id, wish in enumerate(made))
+
+
+@given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 60)), min_size=1, max_size=12))
+def test_admission_lets_in_exactly_who_harms_no_deadline(asked: list[tuple[int, int]]) -> None:
+    scheduler = Scheduler(costs_of(call=0.0, each=1.0), max_batch=1)
+    accepted: dict[int, Wish] = {}
+
+    def feasible(wishes: list[Wish]) -> bool:
+        elapsed = 0.0
+        for wish in sorted(wishes, key=lambda wish: wish.patience):
+            elapsed += wish.steps + 0.5
+            if elapsed > wish.patience:
+                return False
+        return True
+
+    for id, (steps, patience) in enumerate(asked):
+        wish = Wish(steps=steps, patience=float(patience), encoded=True)
+        excess = scheduler.excess(wish.task(id), 0.0)
+        assert (excess == 0.0) == feasible([*accepted.values(), wish])
+        if not excess:
+            accepted[id] = wish
+            scheduler.add(wish.task(id))
+
+
+@pytest.mark.parametrize("patience", [inf, 40.0])
+@pytest.mark.parametrize("max_batch", [1, 4])
+@pytest.mark.parametrize("priority", [0, 2])
+def test_nobody_starves_under_an_endless_stream_of_more_urgent_pictures(
+    patience: float, priority: int, max_batch: int
+) -> None:
+    gap, aging, alone = 1.0, 4.0, 0.1 + 2 * 1.2 + 0.5  # three times what one picture at a time can take
+    stream = [Wish(arrival=gap * i, steps=2, patience=patience, priority=priority) for i in range(150)]
+    lowly = Wish(arrival=gap * 3 + 0.01, steps=4, bucket="large")
+    asked = sorted([*stream, lowly], key=lambda wish: wish.arrival)
+    finished = _finished(simulate(asked, Scheduler(costs_of(), max_batch, aging_s=aging)))
+    # It outranks whoever comes more than (priority + 1) agings after it: at most those before them go first.
+    head_start = lowly.arrival + (priority + 2) * aging
+    assert finished[asked.index(lowly)] < (head_start / gap + 2) * alone
+    assert finished[asked.index(lowly)] < max(finished.values()) / 2
+
+
+def test_newcomer_joins_at_the_next_step_edge_of_any_schedule() -> None:
+    asked = [Wish(steps=4, encoded=True), Wish(arrival=0.5, steps=1, encoded=True)]
+    log = simulate(asked, Scheduler(costs_of(call=1.0, each=0.1), max_batch=4))
+    steps = [(call.ids, call.left) for _, call, _, _ in log if call.stage == "denoise"]
+    assert steps == [((0,), (4,)), ((0, 1), (3, 1)), ((0,), (2,)), ((0,), (1,))]
+
+
+def test_batch_grows_only_while_it_pays() -> None:
+    asked = [Wish(steps=2, encoded=True)] * 4
+    cheap = simulate(asked, Scheduler(costs_of(call=1.0, each=0.01), max_batch=8))
+    dear = simulate(asked, Scheduler(costs_of(call=0.0, each=1.0), max_batch=8))
+    assert {len(call.ids) for _, call, _, _ in cheap if call.stage == "denoise"} == {4}
+    assert {len(call.ids) for _, call, _, _ in dear if call.stage == "denoise"} == {1}
+    # Decoding costs the same alone: the first picture does not wait for the others.
+    assert {len(call.ids) for _, call, _, _ in cheap if call.stage == "decode"} == {1}
+
+
+def test_decoding_waits_for_company_where_that_saves_everybody_time() -> None:
+    """Six wait behind two that are done and two that will be a step later: one decode call instead of two."""
+    costs = costs_of(call=1.0, each=0.01)
+    costs = CostModel.of([row for row in costs.rows() if row[0] != "decode"])
+    for size in (1, 8):
+        costs.record("decode", "small", size, 2.0)
+    asked = [Wish(steps=1, encoded=True)] * 2 + [Wish(steps=2, encoded=True)] * 2
+    asked += [Wish(arrival=0.1, steps=4, encoded=True)] * 6
+    log = simulate(asked, Scheduler(costs, max_batch=4))
+    assert next(len(call.ids) for _, call, _, _ in log if call.stage == "decode") == 4
+
+
+def test_tighter_deadline_goes_first_and_a_lost_one_last() -> None:
+    asked = [
+        Wish(steps=1, patience=1.0, encoded=True),  # cannot be met at all
+        Wish(steps=1, patience=50.0, encoded=True),
+        Wish(steps=1, patience=10.0, encoded=True),
+        Wish(steps=1, priority=1, encoded=True),
+    ]
+    finished = _finished(simulate(asked, Scheduler(costs_of(call=1.0, each=0.0), max_batch=1)))
+    assert sorted(finished, key=finished.__getitem__) == [3, 2, 1, 0]
+
+
+def test_text_of_the_next_in_line_is_encoded_in_the_same_call() -> None:
+    log = simulate([Wish(steps=1)] * 6, Scheduler(costs_of(encode=1.0), max_batch=3))
+    assert [len(call.ids) for _, call, _, _ in log if call.stage == "encode"] == [3, 3]
+
+
+@given(st.integers(1, 30), st.integers(1, 4))
+def test_fewer_steps_only_under_load_and_never_below_the_least(count: int, least: int) -> None:
+    asked = [Wish(steps=8, min_steps=least, patience=20.0, encoded=True)] * count
+    scheduler = Scheduler(costs_of(call=1.0, each=0.0, decode=0.1), max_batch=1)
+    steps = Counter(
+        id for _, call, _, _ in simulate(asked, scheduler) if call.stage == "denoise" for id in call.ids
+    )
+    assert all(least <= steps[id] <= 8 for id in range(count))
+    if count * (8 + 0.1) <= 20.0:
+        assert set(steps.values()) == {8}
+    elif count * (least + 0.1) <= 20.0:  # all can be in time in the fewest steps: then all are
+        finished = _finished(simulate(asked, Scheduler(scheduler.costs, max_batch=1)))
+        assert max(finished.values()) <= 20.0 + 1e-9
+
+
+def test_degradation_is_shared() -> None:
+    asked = [Wish(steps=4, min_steps=1, patience=10.0, encoded=True)] * 4
+    log = simulate(asked, Scheduler(costs_of(call=1.0, each=0.0, decode=0.1), max_batch=1))
+    steps = Counter(id for _, call, _, _ in log if call.stage == "denoise" for id in call.ids)
+    assert max(steps.values()) - min(steps.values()) <= 1
+
+
+def test_lanes_take_what_is_theirs() -> None:
+    scheduler = Scheduler(costs_of(), max_batch=4)
+    scheduler.add(Wish(steps=1, encoded=True).task(1))
+    assert scheduler.schedule(0.0, ("decode",)) is None
+    first = scheduler.schedule(0.0, ("encode", "denoise"))
+    assert first == Call("denoise", "small", (1,), (1,))
+    assert scheduler.schedule(0.0) is None  # it is in a call
+    scheduler.postprocess(first, 1.0)
+    scheduler.add(Wish(steps=1, encoded=True).task(2))
+    assert scheduler.schedule(1.0, ("encode", "denoise")) == Call("denoise", "small", (2,), (1,))
+    assert scheduler.schedule(1.0, ("decode",)) == Call("decode", "small", (1,), (0,))
 
 
 def test_cancel_tells_the_steps_that_were_saved() -> None:
-    scheduler = Scheduler(max_batch=2)
-    scheduler.add(Task(1, "a", 4, 0.0))
-    batch = scheduler.schedule(0.0)
-    assert batch is not None
-    assert scheduler.cancel(1) == 4
-    assert scheduler.postprocess(batch) == ()
+    scheduler = Scheduler(costs_of(), max_batch=2)
+    for id in (1, 2):
+        scheduler.add(Wish(encoded=True).task(id))
+    assert scheduler.cancel(2) == 4
+    call = scheduler.schedule(0.0)
+    assert call is not None
+    assert scheduler.cancel(1) == 3  # one is running
+    assert scheduler.postprocess(call, 1.0) == ()
     assert scheduler.cancel(1) == 0
 
 
 def test_nobody_is_scheduled_before_its_arrival() -> None:
-    scheduler = Scheduler(max_batch=2)
-    scheduler.add(Task(1, "a", 1, arrival=5.0))
+    scheduler = Scheduler(costs_of(), max_batch=2)
+    scheduler.add(Wish(arrival=5.0, encoded=True).task(1))
     assert scheduler.schedule(4.9) is None
-    assert scheduler.schedule(5.0) == Batch((1,), "a")
+    assert scheduler.schedule(5.0) is not None
+
+
+def test_predictions_become_careful_when_deadlines_break() -> None:
+    scheduler = Scheduler(costs_of(call=1.0, each=0.0), max_batch=1)
+    wish = Wish(steps=2, patience=3.0, encoded=True)
+    assert scheduler.excess(wish.task(0), 0.0) == 0.0
+    for id in range(20):  # every call takes three times what was measured
+        scheduler.add(replace(wish, arrival=10.0 * id).task(id))
+        now = 10.0 * id
+        while call := scheduler.schedule(now):
+            now += 3.0
+            scheduler.postprocess(call, now)
+    assert scheduler.excess(replace(wish, arrival=1000.0).task(99), 1000.0) > 0.0
+
+
+def test_leaving_tells_when_the_first_of_those_in_work_are_done() -> None:
+    scheduler = Scheduler(costs_of(call=1.0, each=0.0, decode=0.5), max_batch=1)
+    for id, steps in enumerate((2, 4)):
+        scheduler.add(Wish(steps=steps, encoded=True).task(id))
+    assert scheduler.leaving(0.0, 1) == pytest.approx(2.5)
+    assert scheduler.leaving(0.0, 2) == pytest.approx(7.0)
+    assert scheduler.leaving(0.0, 9) == pytest.approx(7.0)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from cdm_serve.schemas import parse_body
+from cdm_serve.service import Made, Preview
 from tests.cdm_serve.helpers import PATIENCE_S, App, error_of
 
 CAT = {"prompt": "cat", "seed": 1, "steps": 4}
@@ -281,7 +284,7 @@ def test_openapi_shows_this_servers_limits(serve: Callable[..., App]) -> None:
     document = app.client.get("/openapi.json").json()
     operation = document["paths"]["/generate"]["post"]
     fields = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
-    assert fields["steps"]["enum"] == [1, 2, 3]
+    assert fields["steps"]["enum"] == [1, 2, 3, "auto"]
     assert fields["num_images"]["maximum"] == 5
     assert {"200", "400", "413", "415", "422", "429", "500", "503"} <= set(operation["responses"])
 
@@ -298,3 +301,77 @@ def test_page_needs_nothing_from_elsewhere(app: App, path: str) -> None:
     outside = response.text.replace("http://www.w3.org/2000/svg", "")
     assert "http://" not in outside
     assert "https://" not in outside
+
+
+def test_auto_steps_are_the_default_while_there_is_time(serve: Callable[..., App]) -> None:
+    app = serve()
+    answer = app.client.post("/generate", json={"prompt": "cat", "steps": "auto", "response_format": "json"})
+    assert answer.headers["x-steps"] == answer.headers["x-steps-planned"] == "4"
+    assert [(image["steps"], image["planned_steps"]) for image in answer.json()["images"]] == [(4, 4)]
+
+
+def test_auto_steps_are_fewer_when_the_deadline_asks_for_it(serve: Callable[..., App]) -> None:
+    app = serve()
+    seconds = {"encode": 0.0, "denoise": 0.1, "decode": 0.0}
+    app.service.costs.SECONDS = {stage: (cost, 0.0) for stage, cost in seconds.items()}  # type: ignore[attr-defined]
+    app.engine._cost, app.engine._sleep = (lambda stage, _: seconds[stage]), time.sleep
+    body = {"prompt": "cat", "seed": 1, "steps": "auto", "deadline_ms": 290}
+    answer = app.client.post("/generate", json=body)
+    assert answer.headers["x-steps"] in ("1", "2")  # three take 300 ms, on a busy machine even two too long
+    assert answer.headers["x-steps-planned"] == "4"
+    refused = app.client.post("/generate", json={**body, "min_steps": 4})
+    error = error_of(refused)
+    assert refused.status_code == 429
+    assert (error["code"], error["param"]) == ("deadline_infeasible", "deadline_ms")
+    assert "110 ms too long" in error["message"]
+    assert refused.headers["retry-after"] == "1"
+    assert 109 <= int(refused.headers["retry-after-ms"]) <= 111
+    assert app.service.permits.in_use == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"steps": "many"}, 'steps="many" must be an integer or auto'),
+        ({"steps": 2, "min_steps": 1}, 'min_steps=1 goes with steps="auto"'),
+        ({"steps": "auto", "min_steps": 5}, "min_steps=5 is outside 1 to 4"),
+        ({"deadline_ms": 0}, "deadline_ms=0 is outside 1 to 3600000"),
+        ({"priority": 10}, "priority=10 is outside 0 to 9"),
+    ],
+)
+def test_what_cannot_be_scheduled_is_named(app: App, body: dict[str, Any], words: str) -> None:
+    answer = app.client.post("/generate", json={"prompt": "cat", **body})
+    assert answer.status_code == 422
+    assert words in error_of(answer)["message"]
+
+
+def test_stuck_engine_is_not_live(serve: Callable[..., App]) -> None:
+    app = serve(stuck_s=0.01)
+    app.gate.close()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(app.client.post, "/generate", json=CAT)
+        app.gate.wait()
+        app.wait_until(lambda: app.client.get("/livez").status_code == 503)
+        assert "--stuck-s=0.01" in error_of(app.client.get("/livez"))["message"]
+        app.gate.open()
+        assert answer.result().status_code == 200
+    assert app.client.get("/livez").status_code == 200
+
+
+def test_previews_come_in_order_before_the_picture(serve: Callable[..., App]) -> None:
+    app = serve()
+    order = app.service.limits.order(parse_body(b'{"prompt": "cat", "seed": 3, "steps": 8}'))
+
+    async def collect(previews: int) -> list[Preview | Made]:
+        return [event async for event in app.service.stream(order, previews)]
+
+    assert app.client.portal is not None
+    for wanted, steps in ((0, []), (1, [4]), (3, [2, 4, 6])):
+        events = app.client.portal.call(collect, wanted)
+        assert [event.step for event in events[:-1] if isinstance(event, Preview)] == steps
+        last = events[-1]
+        assert isinstance(last, Made)
+        assert (
+            last.data == app.client.post("/generate", json={"prompt": "cat", "seed": 3, "steps": 8}).content
+        )
+    assert app.service.permits.in_use == 0

@@ -76,6 +76,21 @@ def test_same_request_alone_or_in_a_batch_of_mixed_steps_is_the_same_picture(eng
         assert worst(draw(engine, [job])[0], together[row]) <= ALONE_OR_BATCHED[engine.info.precision], job
 
 
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize(("runtime", "precision"), RUNTIMES)
+def test_invariant_batches_give_the_same_bytes_in_any_company(
+    bundle: Bundle, runtime: str, precision: str, group: int
+) -> None:
+    options = EngineOptions(runtime, precision, threads=2, invariant_batch=group)
+    engine = load_engine(bundle, options)
+    together = draw(engine, JOBS)
+    for row, job in enumerate(JOBS):
+        assert np.array_equal(draw(engine, [job])[0], together[row]), job
+    reversed_ = draw(engine, JOBS[::-1])[::-1]
+    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(reversed_, together, strict=True))
+    engine.close()
+
+
 def test_pictures_of_different_prompts_seeds_and_steps_differ(engine: Engine) -> None:
     jobs = [Job("red apple", 1, 4), Job("green apple", 1, 4), Job("red apple", 2, 4), Job("red apple", 1, 1)]
     assert len({picture.tobytes() for picture in draw(engine, jobs)}) == len(jobs)

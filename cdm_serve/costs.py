@@ -1,0 +1,102 @@
+"""The cost model c(stage, shape, batch): seconds of one engine call, as measured on this machine.
+
+    costs = CostModel()
+    costs.record("denoise", (128, 128), 4, 0.0091)             # the warm-up, then every real span
+    costs.seconds("denoise", (128, 128), 3)                    # between its measured neighbours
+    costs.best_batch("denoise", (128, 128), waiting=9, limit=8)
+
+The runner's thread writes; others may read: a table's entry is replaced, never changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Literal, get_args
+
+Stage = Literal["encode", "denoise", "decode"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+Bucket = Hashable
+"""What must be equal for two pictures to share a call. Text has no shape: `encode` is recorded under `TEXT`."""
+TEXT: Bucket = ()
+
+NEWEST = 0.2
+"""Weight of the newest span: a change of load shows within a few calls, one outlier does not."""
+
+
+class CostModel:
+    """Moving averages of real spans by stage, bucket and batch. 0 where nothing was measured."""
+
+    def __init__(self) -> None:
+        self._curves: dict[tuple[Stage, Bucket], tuple[tuple[int, float], ...]] = {}
+        self._derived: dict[tuple[object, ...], float] = {}
+
+    def record(self, stage: Stage, bucket: Bucket, batch: int, seconds: float) -> None:
+        """Take one measured call in."""
+        assert batch >= 1
+        curve = dict(self._curves.get((stage, bucket), ()))
+        known = curve.get(batch, seconds)
+        curve[batch] = known + NEWEST * (seconds - known)
+        self._curves[stage, bucket] = tuple(sorted(curve.items()))
+        self._derived = {}
+
+    def seconds(self, stage: Stage, bucket: Bucket, batch: int) -> float:
+        """Of one call: measured, or on the line between the nearest batches; outside of them, per picture as there."""
+        known = self._derived.get((stage, bucket, batch))
+        if known is None:
+            known = self._derived[stage, bucket, batch] = self._interpolated(stage, bucket, batch)
+        return known
+
+    def _interpolated(self, stage: Stage, bucket: Bucket, batch: int) -> float:
+        curve = self._curves.get((stage, bucket))
+        if not curve:
+            return 0.0
+        below = [point for point in curve if point[0] <= batch]
+        above = [point for point in curve if point[0] >= batch]
+        if not above:
+            size, seconds = curve[-1]
+            return seconds * batch / size
+        if not below:
+            size, seconds = curve[0]
+            return seconds * batch / size
+        (low, a), (high, b) = below[-1], above[0]
+        return a if low == high else a + (b - a) * (batch - low) / (high - low)
+
+    def best_batch(self, stage: Stage, bucket: Bucket, waiting: int, limit: int) -> int:
+        """The batch b ≤ min(waiting, limit) under which `waiting` pictures leave the stage soonest on average.
+
+        In batches of b, the k-th batch ends after k·c(b): the mean is (n·c(b)/b + c(b))/2. The first term is
+        throughput, the second what the members of a batch wait for each other. A batch grows while that falls.
+        """
+        assert waiting >= 1
+        assert limit >= 1
+
+        def mean(batch: int) -> float:
+            seconds = self.seconds(stage, bucket, batch)
+            return waiting * seconds / batch + seconds
+
+        return min(range(1, min(waiting, limit) + 1), key=mean)
+
+    def each(self, stage: Stage, bucket: Bucket, limit: int) -> float:
+        """Seconds per picture in a queue of `limit` or more: what everybody ahead costs whoever waits."""
+        known = self._derived.get(("each", stage, bucket, limit))
+        if known is None:
+            batch = self.best_batch(stage, bucket, limit, limit)
+            known = self._derived["each", stage, bucket, limit] = self.seconds(stage, bucket, batch) / batch
+        return known
+
+    def rows(self) -> list[tuple[Stage, Bucket, int, float]]:
+        """Everything measured: (stage, bucket, batch, seconds), sorted."""
+        found = [
+            (stage, bucket, batch, seconds)
+            for (stage, bucket), curve in list(self._curves.items())  # the runner may add one meanwhile
+            for batch, seconds in curve
+        ]
+        return sorted(found, key=lambda row: (STAGES.index(row[0]), repr(row[1]), row[2]))
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[Stage, Bucket, int, float]]) -> CostModel:
+        """From measured or given rows, as `rows` returns them."""
+        costs = cls()
+        for stage, bucket, batch, seconds in rows:
+            costs.record(stage, bucket, batch, seconds)
+        return costs

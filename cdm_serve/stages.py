@@ -1,0 +1,141 @@
+"""What an engine call does to the pictures in it: no policy, no threads. Spans are recorded here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdm_serve.costs import TEXT, Bucket, CostModel, Stage
+from cdm_serve.embeddings import EmbeddingCache
+from cdm_serve.metrics import Metrics
+from cdm_serve.picture import Picture
+from cdm_serve.replan import replan
+from cdm_serve.tasks import Call
+from engines.base import Conditioning, Engine, Sample, TokenIds
+from engines.noise import noise
+
+
+class Stages:
+    """The engine's three components over pictures. Calls of one stage come from one thread at a time."""
+
+    def __init__(
+        self, engine: Engine, metrics: Metrics, costs: CostModel, embeddings: EmbeddingCache
+    ) -> None:
+        self.engine = engine
+        self.costs = costs
+        self._metrics = metrics
+        self._embeddings = embeddings
+        self._lock = Lock()
+        self._decoding = Lock()
+        self._warm: list[Conditioning] = []
+
+    def embedded(self, picture: Picture) -> bool:
+        """Give `picture` its embedding if it is cached. Any thread may ask."""
+        with self._lock:
+            picture.conditioning = self._embeddings.get(picture.tokens)
+        if picture.conditioning is not None:
+            self._metrics.cache_hits.labels("embedding").inc()
+        return picture.conditioning is not None
+
+    def run(self, call: Call, pictures: Sequence[Picture]) -> list[NDArray[np.uint8]]:
+        """Run `call` for its pictures; decoding returns images `(height, width, 3)`. Raises what the engine does."""
+        if call.stage == "encode":
+            self._encode(pictures)
+        elif call.stage == "denoise":
+            self._denoise(call, pictures)
+        else:
+            return self._decode(call, pictures)
+        return []
+
+    def _encode(self, pictures: Sequence[Picture]) -> None:
+        missing: dict[TokenIds, list[Picture]] = {}
+        for picture in pictures:
+            if not self.embedded(picture):  # else a batch before it had the same text
+                missing.setdefault(picture.tokens, []).append(picture)
+        if not missing:
+            return
+        self._metrics.cache_misses.labels("embedding").inc(sum(map(len, missing.values())))
+        started = time.perf_counter()
+        embeddings = self.engine.encode(list(missing))
+        span = self._spent("encode", TEXT, len(missing), started)
+        for (tokens, same), conditioning in zip(missing.items(), embeddings, strict=True):
+            with self._lock:
+                self._embeddings.put(tokens, conditioning)
+            for picture in same:
+                picture.conditioning = conditioning
+                picture.spans.encode = span
+
+    def _denoise(self, call: Call, pictures: Sequence[Picture]) -> None:
+        for picture, left in zip(pictures, call.left, strict=True):
+            if picture.sample is None:
+                shape = self.latent_shape(picture.width, picture.height)
+                picture.sample = self.engine.put(noise(picture.seed, shape))
+            if len(picture.remaining) != left + 1:  # the scheduler has changed its steps
+                picture.remaining = replan(self.engine.manifest.schedules, picture.remaining[0], left)
+        started = time.perf_counter()
+        samples, estimates = self.engine.denoise(
+            [picture.sample for picture in pictures],
+            [picture.remaining[0] for picture in pictures],
+            [picture.remaining[1] for picture in pictures],
+            [picture.conditioning for picture in pictures],
+        )
+        span = self._spent("denoise", call.bucket, len(pictures), started)
+        self._metrics.step_seconds.observe(span)
+        for picture, sample, estimate in zip(pictures, samples, estimates, strict=True):
+            picture.sample, picture.estimate = sample, estimate
+            picture.remaining = picture.remaining[1:]
+            picture.step += 1
+            picture.spans.denoise += span
+            picture.compute += span / len(pictures)
+
+    def _decode(self, call: Call, pictures: Sequence[Picture]) -> list[NDArray[np.uint8]]:
+        images, span = self._decoded(call.bucket, [picture.sample for picture in pictures])
+        for picture in pictures:
+            picture.spans.decode = span
+        return images
+
+    def previews(self, bucket: Bucket, pictures: Sequence[Picture]) -> list[NDArray[np.uint8]]:
+        """What `pictures`, of one shape, would be if they ended here: x̂0 of their last step, decoded."""
+        return self._decoded(bucket, [picture.estimate for picture in pictures])[0]
+
+    def _decoded(self, bucket: Bucket, samples: list[Sample]) -> tuple[list[NDArray[np.uint8]], float]:
+        with self._decoding:  # previews come from the denoising thread
+            started = time.perf_counter()
+            images = self.engine.decode(samples)
+            span = self._spent("decode", bucket, len(samples), started)
+        return list(images), span
+
+    def warm_up(self, stage: Stage, bucket: Bucket, batch: int) -> None:
+        """One call of `stage` on made-up pictures: whatever it compiles or allocates is there then, and measured.
+
+        Denoising uses the embeddings of an encoding of that batch or a larger one, made before.
+        """
+        engine = self.engine
+        started = time.perf_counter()
+        if stage == "encode":
+            self._warm = engine.encode([engine.tokenize("")] * batch)
+        else:
+            assert isinstance(bucket, tuple)
+            shape = self.latent_shape(*bucket)
+            samples = [engine.put(noise(seed, shape)) for seed in range(batch)]
+            started = time.perf_counter()
+            if stage == "denoise":
+                engine.denoise(samples, [1.0] * batch, [0.0] * batch, self._warm[:batch])
+            else:
+                engine.decode(samples)
+        self.costs.record(stage, bucket, batch, time.perf_counter() - started)
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(channels, height, width) in latent pixels of a picture in pixels."""
+        latent = self.engine.manifest.latent
+        return (latent.channels, height // latent.downscale, width // latent.downscale)
+
+    def _spent(self, stage: Stage, bucket: Bucket, batch: int, started: float) -> float:
+        span = time.perf_counter() - started
+        self._metrics.batch_size.labels(stage).observe(batch)
+        self.costs.record(stage, bucket, batch, span)
+        return span

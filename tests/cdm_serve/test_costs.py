@@ -1,0 +1,47 @@
+"""The cost model: between measurements a line, and the batch under which a queue leaves soonest."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdm_serve.costs import TEXT, CostModel
+
+
+def curve(*points: tuple[int, float]) -> CostModel:
+    return CostModel.of([("denoise", "x", batch, seconds) for batch, seconds in points])
+
+
+def test_unmeasured_batches_lie_on_the_line_and_beyond_it_cost_per_picture() -> None:
+    costs = curve((2, 2.0), (4, 3.0))
+    assert [costs.seconds("denoise", "x", batch) for batch in (1, 2, 3, 4, 8)] == [1.0, 2.0, 2.5, 3.0, 6.0]
+    assert costs.seconds("denoise", "y", 1) == costs.seconds("decode", "x", 1) == 0.0
+
+
+def test_cost_follows_the_load_and_survives_an_outlier() -> None:
+    costs = curve((1, 1.0))
+    costs.record("denoise", "x", 1, 10.0)
+    assert 1.0 < costs.seconds("denoise", "x", 1) < 4.0
+    for _ in range(40):
+        costs.record("denoise", "x", 1, 10.0)
+    assert costs.seconds("denoise", "x", 1) == pytest.approx(10.0, rel=0.01)
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=8), st.integers(1, 20), st.integers(1, 8))
+def test_best_batch_is_the_one_of_least_mean_wait(seconds: list[float], waiting: int, limit: int) -> None:
+    costs = curve(*enumerate(seconds, start=1))
+    best = costs.best_batch("denoise", "x", waiting, limit)
+
+    def mean(batch: int) -> float:
+        # The queue in batches of `batch`, each picture weighed by when its batch ends; a last, smaller batch counts
+        # in proportion, as in the formula.
+        return (waiting / batch + 1) * costs.seconds("denoise", "x", batch) / 2
+
+    assert 1 <= best <= min(waiting, limit)
+    assert mean(best) == pytest.approx(min(mean(batch) for batch in range(1, min(waiting, limit) + 1)))
+
+
+def test_rows_are_the_model() -> None:
+    rows = [("encode", TEXT, 1, 0.5), ("denoise", (64, 64), 1, 1.0), ("denoise", (64, 64), 4, 2.0)]
+    assert CostModel.of(rows).rows() == rows  # type: ignore[arg-type]
