@@ -1,4 +1,4 @@
-"""The ASGI app: routes, page and errors around one engine.
+"""The ASGI app: routes, page and errors around the models.
 
 app = create_app(ServeSettings(engine="fake"), engine)
 """
@@ -14,68 +14,71 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from cdm_serve import kserve_routes, openai_routes, openai_schemas, pages, routes
+from cdm_serve import admin_routes, kserve_routes, openai_routes, openai_schemas, pages, routes
 from cdm_serve.costs import CostModel
 from cdm_serve.errors import ServeError, error_response, http_error_response
 from cdm_serve.front import Catch, Front
 from cdm_serve.guard import Guard, show_keys
 from cdm_serve.keys import KeyRing
-from cdm_serve.service import Service
+from cdm_serve.limits import Limits
+from cdm_serve.models import Models
 from cdm_serve.settings import ServeSettings
 from engines.base import Engine
 from engines.cli import DISTRIBUTION
 
 EXPOSED_HEADERS = (
-    "x-request-id", "x-seed", "x-steps", "x-steps-planned", "server-timing", "retry-after", "retry-after-ms",
+    "x-request-id", "x-seed", "x-steps", "x-steps-planned", "x-cache", "server-timing", "retry-after", "retry-after-ms",
     "inference-header-content-length",
 )  # fmt: skip
 """What a page of another site may read of an answer's headers, beyond the few that it always may."""
 
 
-def create_app(settings: ServeSettings, engine: Engine, costs: CostModel | None = None) -> FastAPI:
-    """An app that serves `engine`; its lifespan starts and drains the runner, the engine stays the caller's.
+def create_app(settings: ServeSettings, *engines: Engine, costs: CostModel | None = None) -> FastAPI:
+    """An app that serves `engines`, the first by default; its lifespan starts and drains them, and closes them at last.
 
-    `costs`: the scheduler's cost model, if it shall not begin with the warm-up's measurements.
+    `costs`: the first one's cost model, if it shall not begin with the warm-up's measurements.
 
     Raises:
-        BundleError: the settings' limits leave nothing of what the bundle can do.
-        UsageError: a file or a function that the settings name is not there, or not what it must be.
+        BundleError: the settings' limits leave nothing of what a bundle can do.
+        UsageError: a file or a function that the settings name is not there, or not what it must be; two bundles have
+            the same name.
     """
     keys = None if settings.keys is None else KeyRing(settings.keys)
-    service = Service(settings, engine, costs)
+    models = Models(settings, engines, costs)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with service:
+        async with models:
             yield
 
     app = FastAPI(
-        title=f"cdm-serve: {engine.manifest.name}",
+        title=f"cdm-serve: {models.default.name}",
         version=_version(),
         description="Pictures from prompts, in a few steps.",
         lifespan=lifespan,
         docs_url=None,  # FastAPI's own page loads its scripts from a CDN; pages.py has one that needs no internet
         redoc_url=None,
     )
-    app.state.service = service
+    app.state.models = models
     app.state.keys = keys
     # From the inside out: each is around those before it.
     if keys is not None:
-        app.add_middleware(Guard, keys=keys, metrics=service.metrics, metrics_open=settings.metrics_open)
+        app.add_middleware(Guard, keys=keys, metrics=models.metrics, metrics_open=settings.metrics_open)
     app.add_middleware(Catch)
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origin, allow_methods=["*"], allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )  # fmt: skip
-    app.add_middleware(Front, metrics=service.metrics, body_timeout_s=settings.body_timeout_s)
+    app.add_middleware(Front, metrics=models.metrics, body_timeout_s=settings.body_timeout_s)
     app.add_exception_handler(ServeError, _serve_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.include_router(routes.router)
     app.include_router(openai_routes.router)
     app.include_router(kserve_routes.router)
+    app.include_router(admin_routes.router)
     app.include_router(pages.router)
-    _show_limits(app, service)
+    _show_limits(app, models.default.limits)
     if keys is not None:
         show_keys(app.openapi(), settings.metrics_open)
     return app
@@ -96,12 +99,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return http_error_response(error.status_code, message, error.headers, path)
 
 
-def _show_limits(app: FastAPI, service: Service) -> None:
-    """Put the bodies, with this server's limits, into the OpenAPI document (we parse them ourselves)."""
+def _show_limits(app: FastAPI, limits: Limits) -> None:
+    """Put the bodies, with the default model's limits, into the OpenAPI document (we parse them ourselves)."""
     document = app.openapi()
     bodies = {
-        "/generate": service.limits.schema(),
-        "/v1/images/generations": openai_schemas.schema(service.limits, service.engine.manifest.name),
+        "/generate": limits.schema(),
+        "/v1/images/generations": openai_schemas.schema(limits),
     }
     for path, schema in bodies.items():
         document["paths"][path]["post"]["requestBody"] = {

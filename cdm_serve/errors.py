@@ -17,6 +17,7 @@
     ├── DeadlineInfeasible    429  it could not be finished in time; says when to come back
     ├── Unavailable           503  no engine to answer with: it is stopping or broken
     ├── GenerationFailed      500  the engine failed on this picture's batch
+    ├── LoadFailed            500  the engine of a bundle to be loaded failed in its warm-up
     └── ClientGone            499  nobody is left to answer (never sent, only counted)
 
 Every error answer has the same body, `{"error": {"message", "type", "param", "code"}}`, whoever raised it. Only under
@@ -121,6 +122,10 @@ class GenerationFailed(ServeError):
     """An engine call failed; the other batches are not touched."""
 
 
+class LoadFailed(ServeError):
+    """A model could not be loaded; what was served before still is."""
+
+
 class ClientGone(ServeError):
     """The client left before its answer was ready."""
 
@@ -148,6 +153,7 @@ TABLE: dict[type[ServeError], tuple[int, str, str]] = {
     DeadlineInfeasible: (429, "rate_limit_error", "deadline_infeasible"),
     Unavailable: (503, "server_error", "unavailable"),
     GenerationFailed: (500, "server_error", "generation_failed"),
+    LoadFailed: (500, "server_error", "load_failed"),
     ClientGone: (499, "client_error", "client_gone"),
 }
 """Error → (status, `type`, `code`)."""

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from cdm_serve.delivery import Made
 from cdm_serve.errors import InvalidRequest
 from cdm_serve.kserve_rows import row_orders, row_output
 from cdm_serve.kserve_schemas import (
@@ -25,7 +26,6 @@ from cdm_serve.kserve_schemas import (
 from cdm_serve.kserve_tensors import Tensor, decode_binary, decode_json, encode_binary, encode_json
 from cdm_serve.limits import Limits, Order
 from cdm_serve.schemas import listed, number, quoted
-from cdm_serve.service import Made
 
 # A picture as text is four times its pixels, and takes long to write: beyond this, clients must take bytes.
 MAX_JSON_VALUES = 1 << 22

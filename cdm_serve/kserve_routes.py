@@ -1,6 +1,6 @@
 """The Open Inference Protocol (KServe v2) over HTTP, with the binary tensor extension: what `tritonclient` talks to.
 
-Any answer but 200 has the body `{"error": message}`. One model is served, in one version.
+Any answer but 200 has the body `{"error": message}`. Every model has one version.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from cdm_serve.compression import decompressed
-from cdm_serve.errors import ModelNotFound, UnsupportedMedia
+from cdm_serve.errors import ModelNotFound, Unavailable, UnsupportedMedia
 from cdm_serve.front import read_body
 from cdm_serve.kserve_infer import parse_infer
 from cdm_serve.kserve_schemas import BODY_DOCS, INPUTS, OUTPUTS, PRIORITIES, Spec
+from cdm_serve.models import Models
 from cdm_serve.routes import livez, readyz, spent, unless_gone
 from cdm_serve.schemas import listed
 from cdm_serve.service import Service
 
 VERSION = "1"
-"""A server has one bundle, so there is one version."""
+"""Of a name one bundle is served, so there is one version."""
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "schedule_policy")
 JSON_LENGTH = "inference-header-content-length"
 # What a page on any other site can make its visitor's browser post without asking us first.
@@ -99,8 +100,9 @@ async def model_metadata(request: Request) -> Response:
 async def model_ready(request: Request) -> Response:
     """200 when this model is warm and requests are accepted."""
     service = _served(request)
-    await readyz(request)
-    return JSONResponse({"name": service.engine.manifest.name, "ready": True})
+    if service.unavailable or not service.runner.ready.is_set():
+        raise Unavailable(service.unavailable or f"model {service.name!r} is warming up")
+    return JSONResponse({"name": service.name, "ready": True})
 
 
 async def model_config(request: Request) -> Response:
@@ -164,11 +166,11 @@ async def infer(request: Request) -> Response:
 
 
 def _served(request: Request) -> Service:
-    """The service, if it serves the model and version of the URL."""
-    service: Service = request.app.state.service
-    name, asked = service.engine.manifest.name, request.path_params
-    if asked["model"] != name:
-        raise ModelNotFound(f"there is no model {asked['model'][:80]!r} here; this server has {name!r}")
+    """The model of the URL, if its version is there too."""
+    models: Models = request.app.state.models
+    asked = request.path_params
+    service = models.find(asked["model"])
+    name = service.name
     if asked.get("version", VERSION) != VERSION:
         raise ModelNotFound(
             f"model {name!r} has no version {asked['version'][:80]!r}; it has {VERSION!r}, which may be left out"

@@ -19,12 +19,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cdm_serve.delivery import Made
 from cdm_serve.errors import InvalidRequest
 from cdm_serve.kserve_schemas import OUTPUTS, PRIORITIES, Parameters
 from cdm_serve.kserve_tensors import Tensor, shown
 from cdm_serve.limits import Limits, Order
 from cdm_serve.schemas import GenerateRequest, listed, number
-from cdm_serve.service import Made
 from engines.noise import MAX_SEED
 
 

@@ -1,4 +1,4 @@
-"""`cdm-serve`: load a bundle, load its engine, listen."""
+"""`cdm-serve`: load bundles, load their engines, listen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cdm_serve.app import create_app
 from cdm_serve.keys import KeyRing
 from cdm_serve.protocol import BoundedHttp
 from cdm_serve.settings import ServeSettings, default_bundle
-from engines.base import load_engine
+from engines.base import Engine, load_engine
 from engines.bundle import Bundle, load_bundle
 from engines.cli import UsageError, run_command
 from engines.errors import BundleError
@@ -31,6 +31,7 @@ log = logging.getLogger("cdm_serve")
 EXAMPLES = """
 cdm-serve
 cdm-serve --bundle bundles/mine --port 8080 --max-batch 16
+cdm-serve --bundle bundles/mine --bundle bundles/other
 cdm-serve --engine fake
 curl --json '{"prompt": "red apple"}' localhost:8000/generate -o apple.png
 """
@@ -53,17 +54,21 @@ def serve(settings: ServeSettings) -> int:
     """
     logs.configure(settings.log_format, settings.log_level, settings.log_prompts)
     with listen(settings.host, settings.port) as listener:
-        with opened_bundle(settings) as bundle:
-            engine = load_engine(bundle, settings.engine_options())
+        engines: list[Engine] = []
         try:
-            app = create_app(settings, engine)
-            info = engine.info
+            with opened_bundles(settings) as bundles:
+                for bundle in bundles:
+                    engines.append(load_engine(bundle, settings.engine_options()))
+            app = create_app(settings, *engines)
+            info = engines[0].info
             where = f"{info.device} ({info.runtime} {info.precision})"
-            log.info("serving %s on %s at http://%s", bundle.manifest.name, where, _address(listener))
+            names = ", ".join(engine.manifest.name for engine in engines)
+            log.info("serving %s on %s at http://%s", names, where, _address(listener))
             if settings.keys is None and not _is_loopback(listener):
                 log.warning(
-                    "whoever reaches --host=%s may use and administer this server; let it ask for a key with --keys",
+                    "whoever reaches --host=%s may use%s this server; let it ask for a key with --keys",
                     settings.host,
+                    " and administer" if settings.admin_open else "",
                 )
             config = uvicorn.Config(
                 app,
@@ -74,12 +79,13 @@ def serve(settings: ServeSettings) -> int:
                 limit_concurrency=settings.max_connections,
                 timeout_graceful_shutdown=int(settings.drain_timeout_s) + ANSWER_S,
             )
-            server = Server(config, on_exit=app.state.service.drain_soon)
+            server = Server(config, on_exit=app.state.models.drain_soon)
             # By SystemExit some versions of uvicorn end a start that failed.
             with read_again_on_hangup(app.state.keys), suppress(SystemExit):
                 server.run(sockets=[listener])
         finally:
-            engine.close()
+            for engine in engines:
+                engine.close()
     return 0 if server.started else 1  # uvicorn has logged why the app could not start
 
 
@@ -128,20 +134,19 @@ class Server(uvicorn.Server):
 
 
 @contextmanager
-def opened_bundle(settings: ServeSettings) -> Iterator[Bundle]:
-    """The bundle to serve: the named one, the bundled one, or for the fake engine one made up on the spot."""
-    root = settings.bundle or default_bundle()
-    if settings.bundle is None and not root.is_dir():
-        if settings.engine != "fake":
-            raise BundleError(
-                "no model is bundled with this installation; name one with --bundle, or try --engine fake"
-            )
-        from engines.fake import fake_bundle
-
-        with tempfile.TemporaryDirectory(prefix="cdm-fake-") as folder:
-            yield fake_bundle(Path(folder))
+def opened_bundles(settings: ServeSettings) -> Iterator[list[Bundle]]:
+    """The bundles to serve: the named ones, the bundled one, or for the fake engine one made up on the spot."""
+    if settings.bundle or default_bundle().is_dir():
+        yield [load_bundle(root) for root in settings.bundle or (default_bundle(),)]
         return
-    yield load_bundle(root)
+    if settings.engine != "fake":
+        raise BundleError(
+            "no model is bundled with this installation; name one with --bundle, or try --engine fake"
+        )
+    from engines.fake import fake_bundle
+
+    with tempfile.TemporaryDirectory(prefix="cdm-fake-") as folder:
+        yield [fake_bundle(Path(folder))]
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -14,22 +14,20 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from cdm_serve.errors import ModelNotFound
+from cdm_serve.delivery import Preview
 from cdm_serve.front import read_json_body
 from cdm_serve.limits import Order
+from cdm_serve.models import Models
 from cdm_serve.openai_schemas import ImagesRequest, order_of, usage_of
-from cdm_serve.routes import ERROR_DOCS, base64_of, made_headers, spent, unless_gone
-from cdm_serve.schemas import parse_fields, quoted
-from cdm_serve.service import Preview, Service
+from cdm_serve.routes import ERROR_DOCS, NO_MODEL_DOCS, base64_of, made_headers, spent, unless_gone
+from cdm_serve.schemas import parse_fields
+from cdm_serve.service import Service
 from cdm_serve.sse import MEDIA_TYPE, EventStream, event
 
 router = APIRouter(prefix="/v1")
 
-STARTED = int(time.time())
-"""A model's `created`: when this process began to serve it, for a bundle does not say when it was made."""
 OWNER = "cdm-serve"
 
-NO_MODEL_DOCS: dict[int | str, dict[str, Any]] = {404: {"description": "No such model is served here"}}
 IMAGES_DOCS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "{created, data: [{b64_json, seed, steps}], background, output_format, quality, size, usage}; "
@@ -38,19 +36,18 @@ IMAGES_DOCS: dict[int | str, dict[str, Any]] = {
     },
     **{status: docs for status, docs in ERROR_DOCS.items() if status != 422},
     400: {
-        "description": "The body is not JSON, or a field has a value that cannot be served; param names the field"
+        "description": "The body is not JSON, or a field has a value that cannot be served (param names the field), or "
+        "the content policy refuses the prompt or the picture"
     },
-    **NO_MODEL_DOCS,
 }
 
 
 @router.post("/images/generations", response_class=Response, responses=IMAGES_DOCS)
 async def generate_images(request: Request) -> Response:
     """Make pictures from a prompt, as OpenAI's clients ask for them."""
-    service: Service = request.app.state.service
-    wish = parse_fields(ImagesRequest, await read_json_body(request, service.settings.max_body_bytes))
-    if wish.model is not None:
-        _check_model(service, wish.model)
+    models: Models = request.app.state.models
+    wish = parse_fields(ImagesRequest, await read_json_body(request, models.settings.max_body_bytes))
+    service = models.find(wish.model)
     order = order_of(wish, service.limits)
     if wish.stream:
         drawing = _drawing(service, order, wish.partial_images or 0)
@@ -67,8 +64,9 @@ async def generate_images(request: Request) -> Response:
 
 @router.get("/models", responses={})
 async def list_models(request: Request) -> dict[str, Any]:
-    """The served model."""
-    return {"object": "list", "data": [_model(request.app.state.service)]}
+    """The served models, the default first."""
+    models: Models = request.app.state.models
+    return {"object": "list", "data": [_model(service) for service in models.services]}
 
 
 @router.get(
@@ -79,9 +77,9 @@ async def list_models(request: Request) -> dict[str, Any]:
     },
 )
 async def retrieve_model(request: Request) -> dict[str, Any]:
-    """The served model, by its name."""
-    _check_model(request.app.state.service, request.path_params["model"])
-    return _model(request.app.state.service)
+    """A served model, by its name."""
+    models: Models = request.app.state.models
+    return _model(models.find(request.path_params["model"]))
 
 
 async def _drawing(service: Service, order: Order, previews: int) -> AsyncGenerator[bytes, None]:
@@ -110,18 +108,5 @@ def _settings(order: Order) -> dict[str, str]:
     }
 
 
-def _check_model(service: Service, name: str) -> None:
-    served = service.engine.manifest.name
-    if name != served:
-        raise ModelNotFound(
-            f"model={quoted(name)} is not served here; name {quoted(served)}, or leave it out", param="model"
-        )
-
-
 def _model(service: Service) -> dict[str, Any]:
-    return {
-        "id": service.engine.manifest.name,
-        "object": "model",
-        "created": STARTED,
-        "owned_by": OWNER,
-    }
+    return {"id": service.name, "object": "model", "created": service.began, "owned_by": OWNER}

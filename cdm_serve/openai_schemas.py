@@ -31,7 +31,7 @@ class ImagesRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     prompt: Annotated[str, Field(description="what to draw; unknown words are no error")]
-    model: Annotated[str | None, Field(description="the served model's name; none: that one")] = None
+    model: Annotated[str | None, Field(description="a served model's name; none: the default")] = None
     n: Annotated[int | None, Field(description="pictures to make")] = None
     size: Annotated[str | None, Field(description="WIDTHxHEIGHT in pixels; auto: the default size")] = None
     quality: Annotated[str | None, Field(description="num_inference_steps says how many steps to take")] = (
@@ -190,14 +190,13 @@ def _filled(ids: tuple[int, ...], pad: int) -> int:
     return filled
 
 
-def schema(limits: Limits, model: str) -> dict[str, Any]:
-    """The body's JSON schema with this server's limits in it, for the OpenAPI document."""
+def schema(limits: Limits) -> dict[str, Any]:
+    """The body's JSON schema with the limits of one model in it, for the OpenAPI document."""
     document = ImagesRequest.model_json_schema()
     fields = {name: plain(field) for name, field in document["properties"].items()}
     for name, (allowed, _) in FIXED.items():
         fields[name] |= {"enum": list(allowed)} if allowed else {"type": "null"}
     fields["prompt"] |= {"minLength": 1, "maxLength": limits.max_prompt_chars, "example": "red apple"}
-    fields["model"] |= {"enum": [model], "default": model}
     fields["n"] |= {"minimum": 1, "maximum": min(MAX_N, limits.max_images), "default": 1}
     fields["size"] |= {"enum": list(_sizes(limits)), "default": "auto"}
     fields["output_format"] |= {"default": "png"}

@@ -7,19 +7,21 @@ import base64
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
+from cdm_serve.delivery import Made, Preview
 from cdm_serve.errors import ClientGone, Unavailable
 from cdm_serve.front import read_json_body
 from cdm_serve.images import MEDIA_TYPES
 from cdm_serve.limits import Order
 from cdm_serve.metrics import CONTENT_TYPE_LATEST
+from cdm_serve.models import Models
 from cdm_serve.picture import STAGES
 from cdm_serve.schemas import FORMATS, parse_body
-from cdm_serve.service import Made, Preview, Service
+from cdm_serve.service import Service
 from cdm_serve.sse import MEDIA_TYPE, EventStream, event
 from engines.noise import MAX_SEED
 
@@ -27,13 +29,19 @@ T = TypeVar("T")
 
 router = APIRouter()
 
-ERROR_DOCS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The body is not JSON"},
+BODY_ERROR_DOCS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The body is not JSON, or the content policy refuses the prompt or the picture"},
+    408: {"description": "The body took too long to arrive"},
     413: {"description": "The body is too long"},
     415: {"description": "The body does not say that it is JSON"},
     422: {
         "description": "A field has a value that cannot be served; the message names field, value and limit"
     },
+}
+NO_MODEL_DOCS: dict[int | str, dict[str, Any]] = {404: {"description": "No such model is served here"}}
+ERROR_DOCS: dict[int | str, dict[str, Any]] = {
+    **BODY_ERROR_DOCS,
+    **NO_MODEL_DOCS,
     429: {
         "description": "The queue is full or the deadline cannot be met; Retry-After says when to come back"
     },
@@ -55,9 +63,9 @@ GENERATE_DOCS: dict[int | str, dict[str, Any]] = {
 @router.post("/generate", response_class=Response, responses=GENERATE_DOCS)
 async def generate(request: Request) -> Response:
     """Make pictures from a prompt. One comes back as the image itself, several (or on request) as JSON."""
-    service: Service = request.app.state.service
-    body = await read_json_body(request, service.settings.max_body_bytes)
-    wish = parse_body(body)
+    models: Models = request.app.state.models
+    wish = parse_body(await read_json_body(request, models.settings.max_body_bytes))
+    service = models.find(wish.model)
     order = service.limits.order(wish)
     if wish.stream:
         previews = order.steps if wish.previews is None else wish.previews
@@ -71,13 +79,17 @@ async def generate(request: Request) -> Response:
     return Response(made[0].data, headers=headers, media_type=MEDIA_TYPES[order.format])
 
 
-@router.get("/info", responses={})
-async def info(request: Request) -> dict[str, Any]:
-    """What is served, and what it can be asked for."""
-    service: Service = request.app.state.service
+@router.get("/info", responses=NO_MODEL_DOCS)
+async def info(
+    request: Request, model: Annotated[str | None, Query(description="its name; none: the default")] = None
+) -> dict[str, Any]:
+    """What a model is, and what it can be asked for; `models`: the names of all."""
+    models: Models = request.app.state.models
+    service = models.find(model)
     manifest, engine, limits = service.engine.manifest, service.engine.info, service.limits
     return {
         "model": manifest.name,
+        "models": [served.name for served in models.services],
         "family": manifest.family,
         "engine": {"runtime": engine.runtime, "version": engine.version, "device": engine.device}
         | {"precision": engine.precision, "max_batch": engine.max_batch},
@@ -97,25 +109,28 @@ async def info(request: Request) -> dict[str, Any]:
 @router.get("/livez", response_class=PlainTextResponse)
 async def livez(request: Request) -> str:
     """200 while the process can make pictures or will; 503 when only a restart helps."""
-    service: Service = request.app.state.service
-    if service.runner.failure:
-        raise Unavailable(service.runner.failure)
-    if (stuck := service.runner.stuck_for()) > service.settings.stuck_s:
-        raise Unavailable(
-            f"an engine call has been running for {stuck:.0f} s, longer than --stuck-s={service.settings.stuck_s:g}; "
-            "the server must be restarted"
-        )
+    models: Models = request.app.state.models
+    for service in models.services:
+        if service.runner.failure:
+            raise Unavailable(service.runner.failure)
+        if (stuck := service.runner.stuck_for()) > models.settings.stuck_s:
+            raise Unavailable(
+                f"an engine call of {service.name!r} has been running for {stuck:.0f} s, longer than "
+                f"--stuck-s={models.settings.stuck_s:g}; the server must be restarted"
+            )
     return "alive\n"
 
 
 @router.get("/readyz", response_class=PlainTextResponse)
 async def readyz(request: Request) -> str:
-    """200 when every batch size has been warmed up and requests are accepted."""
-    service: Service = request.app.state.service
-    if reason := service.unavailable:
+    """200 when every batch size of every model has been warmed up and requests are accepted."""
+    models: Models = request.app.state.models
+    if reason := models.unavailable:
         raise Unavailable(reason)
-    if not service.runner.ready.is_set():
-        done, total = service.runner.warmed
+    if not all(service.runner.ready.is_set() for service in models.services):
+        done, total = (
+            sum(counts) for counts in zip(*(s.runner.warmed for s in models.services), strict=True)
+        )
         raise Unavailable(
             f"the engine is warming up, {done} of {total} calls made; requests are accepted and wait",
             headers={"retry-after": "1"},
@@ -126,8 +141,8 @@ async def readyz(request: Request) -> str:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
-    service: Service = request.app.state.service
-    return Response(service.metrics.exposition(), headers={"content-type": CONTENT_TYPE_LATEST})
+    models: Models = request.app.state.models
+    return Response(models.metrics.exposition(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 async def _drawing(
@@ -197,6 +212,11 @@ def made_headers(order: Order, made: Sequence[Made], timings: dict[str, float]) 
         "x-steps-planned": str(order.steps),
         "server-timing": ", ".join(f"{stage};dur={ms}" for stage, ms in timings.items()),
         "cache-control": "no-store",
+        **(
+            {"x-cache": ", ".join(image.source for image in made)}
+            if any(i.source != "made" for i in made)
+            else {}
+        ),
     }
 
 

@@ -28,6 +28,7 @@ class GenerateRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     prompt: Annotated[str, Field(description="what to draw; unknown words are no error")]
+    model: Annotated[str | None, Field(description="a served model's name; none: the default")] = None
     seed: Annotated[int | None, Field(description="seed of the first picture; the next has seed + 1")] = None
     steps: Annotated[
         int | Literal["auto"] | None,

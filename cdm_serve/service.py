@@ -1,9 +1,9 @@
-"""An order in, encoded pictures out: what every HTTP API stands on. Lives on the event loop.
+"""An order in, encoded pictures out: one model, as every HTTP API stands on it. Lives on the event loop.
 
-service = Service(settings, engine)
+service = Service(settings, engine, Metrics())
 async with service:
-    answer = await service.generate(service.limits.order(request))
-    answer.images[0].data                        # PNG bytes
+    made = await service.generate(service.limits.order(request))
+    made[0].data                                 # PNG bytes
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from math import inf
 from typing import Any, Self
@@ -26,89 +26,83 @@ from cdm_serve.admission import Permits
 from cdm_serve.baselines import POLICIES
 from cdm_serve.cost_cache import cost_file, read_costs, write_costs
 from cdm_serve.costs import CostModel
+from cdm_serve.delivery import Delivery, Made, Preview
 from cdm_serve.embeddings import EmbeddingCache
-from cdm_serve.errors import GenerationFailed, ServeError, Unavailable
-from cdm_serve.images import encode_image
+from cdm_serve.errors import ServeError, Unavailable
 from cdm_serve.limits import Limits, Order
 from cdm_serve.metrics import Metrics
-from cdm_serve.picture import Picture, Spans
+from cdm_serve.picture import Picture
 from cdm_serve.quota import charged
+from cdm_serve.results import Results
 from cdm_serve.runner import Runner
 from cdm_serve.safety import Safety
-from cdm_serve.schemas import FORMATS
 from cdm_serve.settings import ServeSettings
 from cdm_serve.stages import Stages
 from engines.base import Engine
 
 log = logging.getLogger("cdm_serve.service")
 
-
-@dataclass(frozen=True)
-class Made:
-    """One finished picture: its file's bytes, its seed, the steps asked for and really run, where its time went.
-
-    Without `order.file`, `data` is empty; without `order.pixels`, `pixels` (uint8, `(height, width, 3)`) is None.
-    """
-
-    data: bytes
-    seed: int
-    planned_steps: int
-    steps: int
-    spans: Spans
-    pixels: NDArray[np.uint8] | None = None
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What a picture would be if it ended after `step` steps: the file's bytes."""
-
-    data: bytes
-    seed: int
-    step: int
-
-
 Reply = Callable[[Picture, "NDArray[np.uint8] | ServeError"], None]
 OnPreview = Callable[[Picture, "NDArray[np.uint8]"], None]
 
 
 class Service:
-    """Admission, runner and image encoders of one engine. Used as an async context manager; leaving it drains."""
+    """Admission, runner and image encoders of one engine. Used as an async context manager; leaving it drains.
 
-    def __init__(self, settings: ServeSettings, engine: Engine, costs: CostModel | None = None) -> None:
+    `turns`: held around every engine call, for engines that share a device.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        engine: Engine,
+        metrics: Metrics,
+        safety: Safety | None = None,
+        costs: CostModel | None = None,
+        turns: AbstractContextManager[None] | None = None,
+    ) -> None:
         self.settings = settings
         self.engine = engine
+        self.name = engine.manifest.name
+        self.began = int(time.time())
+        """When it began to be served, in seconds since 1970: a bundle does not say when it was made."""
         self.limits = Limits.of(settings, engine.manifest)
-        self.metrics = Metrics()
-        self.metrics.model.info(
-            {"name": engine.manifest.name, "runtime": engine.info.runtime, "precision": engine.info.precision}
-        )
-        self.safety = Safety(settings.block_list, settings.safety_hook, self.metrics)
+        self.metrics = metrics
+        self.safety = Safety(settings.block_list, settings.safety_hook, metrics) if safety is None else safety
         self.costs = CostModel() if costs is None else costs
         self._cost_file = cost_file(engine)
         if self._cost_file is not None:
             read_costs(self._cost_file, self.costs)
-        self.metrics.show_costs(self.costs.rows)
-        stages = Stages(engine, self.metrics, self.costs, EmbeddingCache(settings.embedding_cache))
+        self._counts = metrics.of(self.name)
+        stages = Stages(engine, self._counts, self.costs, EmbeddingCache(settings.embedding_cache))
         scheduler = POLICIES[settings.policy](self.costs, engine.info.max_batch, settings.aging_s)
-        self.runner = Runner(stages, scheduler, self.metrics, self._keep_costs)
+        self.runner = Runner(stages, scheduler, self._counts, self._keep_costs, turns)
         self.permits = Permits(settings.queue_limit, self.runner.wait_for)
         self.draining = False
-        self._pool = ThreadPoolExecutor(settings.image_workers, thread_name_prefix="cdm-image")
+        self._results = Results(settings.result_cache) if settings.result_cache else None
+        self._delivery = Delivery(settings.image_workers, self.name, self.safety, self._counts)
         self._loop: asyncio.AbstractEventLoop
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        for format in FORMATS:  # an encoder loads on its first picture, which should be nobody's
-            encode_image(np.zeros((8, 8, 3), np.uint8), format, {})
+        self._delivery.warm_up()
         self.runner.start()  # last: a start that fails leaves no thread behind
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.drain()
         await asyncio.to_thread(self.runner.join)
-        self._pool.shutdown()
+        self._delivery.close()
         if self.runner.ready.is_set():
             self._keep_costs()
+
+    def show(self) -> None:
+        """Let `/metrics` tell what this model is and has: from now on it is the one of its name that is served."""
+        info = self.engine.info
+        self.metrics.forget(self.name)
+        self.metrics.model_info.labels(self.name, info.runtime, info.precision, info.device).set(1)
+        self.metrics.show_costs(self.name, self.costs.rows)
+        self.metrics.in_work.labels(self.name).set_function(lambda: self.permits.in_use)
 
     def _keep_costs(self) -> None:
         if self._cost_file is not None:
@@ -129,10 +123,6 @@ class Service:
             self.draining = True
             log.info("stopping: finishing %d pictures", self.permits.in_use)
             self.runner.stop(self.settings.drain_timeout_s)
-
-    def drain_soon(self) -> None:
-        """`drain`, from a signal handler or another thread: it must not fall between a check and a submit."""
-        self._loop.call_soon_threadsafe(self.drain)
 
     async def generate(self, order: Order) -> list[Made]:
         """Make every picture of `order`: `generate_all` of one."""
@@ -156,7 +146,9 @@ class Service:
         for order in orders:
             for _ in order.seeds:
                 futures.append(self._loop.create_future())
-                replies.append(partial(self._finish, order, partial(self._tell, _resolve, futures[-1])))
+                replies.append(
+                    partial(self._delivery.finish, order, partial(self._tell, _resolve, futures[-1]))
+                )
         with self._accepted(orders, replies):
             return await asyncio.gather(*futures)
 
@@ -167,11 +159,9 @@ class Service:
 
         def preview(picture: Picture, pixels: NDArray[np.uint8]) -> None:
             # The queue keeps their order, whichever is encoded first.
-            self._tell(
-                events.put_nowait, self._pool.submit(self._preview, order, picture.seed, picture.step, pixels)
-            )
+            self._tell(events.put_nowait, self._delivery.preview(order, picture, pixels))
 
-        reply = partial(self._finish, order, partial(self._tell, events.put_nowait))
+        reply = partial(self._delivery.finish, order, partial(self._tell, events.put_nowait))
         with self._accepted([order], [reply], preview, previews):
             while True:
                 event: Any = await events.get()
@@ -201,7 +191,11 @@ class Service:
         arrival = time.perf_counter()
         priority = max(order.priority for order in orders)
         # The caller's rate last: what the server itself refuses uses up none of it.
-        with self.permits.take(len(replies)), charged(len(replies), priority, self.runner.wait_for):
+        with (
+            self.permits.take(len(replies)),
+            charged(len(replies), priority, self.runner.wait_for),
+            ExitStack() as leaving,
+        ):
             wishes = [
                 (order, tokens, seed)
                 for order in orders
@@ -217,69 +211,64 @@ class Service:
                 )
                 for (order, tokens, seed), reply in zip(wishes, replies, strict=True)
             ]  # fmt: skip
+            if self._results is not None:
+                pictures = [
+                    picture for picture in pictures if not self._shared(self._results, picture, leaving)
+                ]
+            else:
+                leaving.push(self._dropping(pictures))
             self.runner.submit(pictures)
-            try:
-                yield
-            except BaseException:
+            yield
+
+    def _shared(self, results: Results, picture: Picture, leaving: ExitStack) -> bool:
+        """Whether `picture` needs no work of its own: it is kept, or in work for another request.
+
+        An elastic one does, for its steps are not known yet, and one with previews, for they belong to its own work.
+        """
+        if picture.min_steps is not None or picture.previews:
+            leaving.push(self._dropping([picture]))
+            return False
+        steps = len(picture.remaining) - 1
+        key = (picture.tokens, picture.seed, steps, picture.width, picture.height)
+        reply = picture.reply
+
+        def found(pixels: NDArray[np.uint8] | ServeError) -> None:
+            picture.step = steps
+            picture.spans.queue = time.perf_counter() - picture.arrival
+            reply(picture, pixels)
+
+        if (kept := results.find(key)) is not None:
+            self._counts.cache_hits.labels("result").inc()
+            picture.source = "kept"
+            found(kept)
+            return True
+        if flight := results.in_work(key, picture.deadline, picture.priority):
+            self._counts.cache_hits.labels("result").inc()
+            picture.source = "shared"
+            flight.followers.append(found)
+            leaving.callback(results.leave, flight, found)
+            return True
+        self._counts.cache_misses.labels("result").inc()
+        flight = results.begin(
+            key, picture.deadline, picture.priority, stop=partial(self.runner.cancel, [picture])
+        )
+        leaving.callback(results.leave, flight)
+
+        def finish(picture: Picture, outcome: NDArray[np.uint8] | ServeError) -> None:
+            self._tell(results.finish, flight, outcome)
+            reply(picture, outcome)
+
+        picture.reply = finish
+        return False
+
+    def _dropping(self, pictures: Sequence[Picture]) -> Callable[..., None]:
+        """What drops `pictures` at the end of a with block that was left by an exception: nobody waits for them."""
+
+        def drop(kind: type[BaseException] | None, *_: object) -> None:
+            if kind is not None:
                 self.runner.cancel(pictures)
-                raise
 
-    def parameters(self, order: Order, seed: int, steps: int) -> dict[str, Any]:
-        """What is written into a picture: all it takes to make it again."""
-        return {
-            "prompt": order.prompt,
-            "seed": seed,
-            "steps": steps,
-            "width": order.width,
-            "height": order.height,
-            "model": self.engine.manifest.name,
-        }
-
-    # The runner's threads reply, the pool encodes, the loop hears of it once.
-
-    def _finish(
-        self,
-        order: Order,
-        tell: Callable[[Made | ServeError], None],
-        picture: Picture,
-        outcome: NDArray[np.uint8] | ServeError,
-    ) -> None:
-        if isinstance(outcome, ServeError):
-            tell(outcome)
-        else:
-            self._pool.submit(self._encode, order, tell, picture, outcome)
-
-    def _encode(
-        self,
-        order: Order,
-        tell: Callable[[Made | ServeError], None],
-        picture: Picture,
-        pixels: NDArray[np.uint8],
-    ) -> None:
-        started = time.perf_counter()
-        try:
-            parameters = self.parameters(order, picture.seed, picture.step)
-            self.safety.check_picture(pixels, parameters)
-            data = encode_image(pixels, order.format, parameters, order.quality) if order.file else b""
-        except ServeError as refusal:
-            tell(refusal)
-            return
-        except Exception as error:
-            log.exception("encoding a picture as %s failed", order.format)
-            tell(GenerationFailed(f"the picture could not be encoded as {order.format}: {error}"))
-            return
-        if order.file:
-            picture.spans.image_encode = time.perf_counter() - started
-        self.metrics.record(picture.spans)
-        if time.perf_counter() > picture.deadline:
-            self.metrics.deadline_missed.inc()
-        kept = pixels if order.pixels else None
-        tell(Made(data, picture.seed, order.steps, picture.step, picture.spans, kept))
-
-    def _preview(self, order: Order, seed: int, step: int, pixels: NDArray[np.uint8]) -> Preview:
-        parameters = self.parameters(order, seed, step)
-        self.safety.check_picture(pixels, parameters)
-        return Preview(encode_image(pixels, order.format, parameters, order.quality), seed, step)
+        return drop
 
     def _tell(self, callback: Callable[..., object], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # a loop that was stopped by force has nobody to tell

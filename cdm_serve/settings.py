@@ -26,7 +26,9 @@ def default_bundle() -> Path:
 class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
     """Serve pictures over HTTP."""
 
-    bundle: Path | None = Field(None, description="folder of the exported model; none: the bundled model")
+    bundle: tuple[Path, ...] = Field(
+        (), description="folders of exported models, the default first; none: the bundled model"
+    )
     engine: Literal["auto", "openvino", "onnxruntime", "fake"] = Field(
         "auto", description="runtime that runs the bundle; fake needs no bundle and paints colour fields"
     )
@@ -37,11 +39,12 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
         0,
         ge=0,
         le=256,
-        description="run every engine call in groups of exactly so many pictures: the same seed then gives the same bytes "
-        "whatever shares its batch; 0: batches as they come",
+        description="run every engine call in groups of exactly so many pictures: the same seed then gives the same "
+        "bytes whatever shares its batch; 0: batches as they come",
     )
     cache_dir: Path | None = Field(
-        None, description="folder for compiled models and measured costs; none: compile and measure at every start"
+        None,
+        description="folder for compiled models and measured costs; none: compile and measure at every start",
     )
 
     fake_costs: Path | None = Field(
@@ -76,10 +79,19 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
         description="seconds after which a running engine call counts as stuck: /livez fails",
     )
     queue_limit: int = Field(
-        64, ge=1, le=1_000_000, description="pictures accepted and unfinished; more get 429"
+        64, ge=1, le=1_000_000, description="pictures of a model accepted and unfinished; more get 429"
     )
     image_workers: int = Field(2, ge=1, le=64, description="threads that encode PNG, JPEG and WebP")
-    embedding_cache: int = Field(1024, ge=0, le=1_000_000, description="prompt embeddings kept; 0: none")
+    embedding_cache: int = Field(
+        1024, ge=0, le=1_000_000, description="prompt embeddings kept of a model; 0: none"
+    )
+    result_cache: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="finished pictures kept of a model, uncompressed; asked for again (prompt, seed, steps, size) they "
+        "come at once, and one in work is shared; 0: every picture is made",
+    )
 
     body_timeout_s: float = Field(
         30.0, gt=0, le=3600, description="seconds that a request's body may take to arrive"
@@ -94,6 +106,9 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
     metrics_open: bool = Field(
         False, description="with --keys: /metrics needs no key; off: an admin's, as /admin does"
     )
+    admin_open: bool = Field(
+        False, description="without keys: let everybody load and unload models; off: /admin is closed"
+    )
     cors_origin: tuple[Origin, ...] = Field(
         (),
         description="sites whose pages may use this server, such as https://example.org; *: all; none: only its own",
@@ -102,7 +117,8 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
         None, description="file of words and phrases, one a line, that no prompt may have; none: any prompt"
     )
     safety_hook: Function | None = Field(
-        None, description="module:function that is shown every picture and says whether it may be sent; none: all"
+        None,
+        description="module:function that is shown every picture and says whether it may be sent; none: all",
     )
 
     log_format: Literal["text", "json"] = Field("text", description="how log lines are written")
@@ -137,9 +153,13 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
         return self
 
     @model_validator(mode="after")
-    def _open_metrics_need_keys(self) -> Self:
+    def _open_doors_fit_the_keys(self) -> Self:
         if self.metrics_open and self.keys is None:
-            raise ValueError("--metrics-open goes with --keys: without keys everything is open; leave it out")
+            raise ValueError("--metrics-open goes with --keys: without keys /metrics is open; leave it out")
+        if self.admin_open and self.keys is not None:
+            raise ValueError(
+                "--admin-open goes without --keys: with keys an admin's opens /admin; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -109,7 +109,7 @@ class Engine(ABC):
         """Pictures, `(batch, height, width, 3)` RGB."""
 
     def close(self) -> None:  # noqa: B027  (a runtime without resources has nothing to do)
-        """Free what the runtime holds. The engine is not used afterwards."""
+        """Free what the runtime holds. The engine is not used afterwards; closing it again does nothing."""
 
 
 RUNTIMES: dict[str, str] = {
@@ -145,8 +145,8 @@ def _load(name: str, bundle: Bundle, options: EngineOptions) -> Engine:
         raise RuntimeUnavailable(f"runtime={name!r} is unknown; allowed: auto, {', '.join(RUNTIMES)}")
     if options.fake_costs is not None and name != "fake":
         raise RuntimeUnavailable(
-            f"fake_costs={options.fake_costs} means nothing to {name}, whose calls take what they take; leave it out, or "
-            "choose the fake runtime"
+            f"fake_costs={options.fake_costs} means nothing to {name}, whose calls take what they take; leave it out, "
+            "or choose the fake runtime"
         )
     module_name, class_name = RUNTIMES[name].split(":")
     try:

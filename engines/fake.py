@@ -208,6 +208,7 @@ def fake_manifest(
     sizes: Sequence[tuple[int, int]] = ((128, 128), (64, 64), (128, 64)),
     steps: Sequence[int] = (1, 2, 3, 4, 6, 8),
     default_steps: int = 4,
+    name: str = "fake",
 ) -> Manifest:
     """A valid manifest of a model that does not exist; writes the placeholder files it names into `root`.
 
@@ -223,7 +224,7 @@ def fake_manifest(
     (root / "tokenizer.json").write_text("{}\n", encoding="utf-8")
     return Manifest(
         format_version=FORMAT_VERSION,
-        name="fake",
+        name=name,
         family="fake",
         precision="float32",
         components={
@@ -243,7 +244,7 @@ def fake_manifest(
     )
 
 
-def fake_bundle(root: Path, **options: Sequence[tuple[int, int]] | Sequence[int] | int) -> Bundle:
+def fake_bundle(root: Path, **options: Sequence[tuple[int, int]] | Sequence[int] | int | str) -> Bundle:
     """Write a fake bundle into the existing folder `root` and load it; options are those of `fake_manifest`."""
     write_manifest(root, fake_manifest(root, **options))  # type: ignore[arg-type]
     return load_bundle(root)

@@ -128,7 +128,7 @@ class OpenVINOEngine(HostEngine):
     def close(self) -> None:
         """Free the compiled models."""
         self._requests.clear()
-        del self._single_request, self._time
+        self._single_request = self._time = None
 
 
 def choose_precision(asked: str, cpuinfo: Path = CPUINFO) -> str:

@@ -49,7 +49,7 @@ def client(request: pytest.FixtureRequest, bundle_folder: Path) -> Iterator[Test
     engine = load_engine(load_bundle(bundle_folder), settings.engine_options())
     app = create_app(settings, engine)
     with TestClient(app) as client:
-        assert app.state.service.runner.ready.wait(120)
+        assert app.state.models.default.runner.ready.wait(120)
         yield client
     engine.close()
 

@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 from cdm_serve.app import create_app
 from cdm_serve.costs import Bucket, CostModel, Stage
 from cdm_serve.main import listen
+from cdm_serve.models import Models
 from cdm_serve.service import Service
 from cdm_serve.settings import ServeSettings
 from engines.base import EngineOptions
@@ -78,12 +79,16 @@ class App:
         self.settings = ServeSettings(**settings)
         options = EngineOptions(max_batch=self.settings.max_batch)
         self.engine = FakeEngine(bundle, options, cost=gate.cost, sleep=lambda _: None)
-        self.asgi = create_app(self.settings, self.engine, FixedCosts())
-        self.service: Service = self.asgi.state.service
+        self.asgi = create_app(self.settings, self.engine, costs=FixedCosts())
+        self.models: Models = self.asgi.state.models
+        self.service: Service = self.models.default
         self.client = TestClient(self.asgi, raise_server_exceptions=False)
 
     def metric(self, name: str, **labels: str) -> float:
-        return self.service.metrics.registry.get_sample_value(name, labels) or 0.0
+        """Its value, 0 where it was never counted. What is about a model is meant of the default one."""
+        registry = self.models.metrics.registry
+        of_model = registry.get_sample_value(name, {"model": self.service.name, **labels})
+        return of_model or registry.get_sample_value(name, labels) or 0.0
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
         wait_until(happened)

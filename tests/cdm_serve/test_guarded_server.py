@@ -44,7 +44,7 @@ class Guarded:
 
     def lines(self) -> list[dict[str, Any]]:
         """Every line on standard error. A server that writes anything but JSON fails the test."""
-        log = self.server._log
+        log = self.server._output
         size = os.fstat(log.fileno()).st_size
         return [json.loads(line) for line in os.pread(log.fileno(), size, 0).decode().splitlines()]
 

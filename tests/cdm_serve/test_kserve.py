@@ -172,7 +172,7 @@ def test_asyncio_client_is_served_and_refused_alike(server: Server) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str, list[str]]] = [
-    ({"model_name": "other"}, "404", ["'other'", "'fake'"]),
+    ({"model_name": "other"}, "404", ['"other"', '"fake"']),
     ({"model_version": "7"}, "404", ["'7'", "'1'"]),
     ({"outputs": ["latents"]}, "400", ['"latents"', "image, encoded, seed, steps"]),
     ({"outputs": ["seed", "seed"]}, "400", ["seed is there twice"]),

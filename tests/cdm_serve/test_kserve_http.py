@@ -8,6 +8,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,8 +20,9 @@ from cdm_serve.compression import decompressed
 from cdm_serve.errors import BodyTooLarge
 from cdm_serve.kserve_infer import parse_infer
 from cdm_serve.kserve_schemas import INPUTS, OUTPUTS, PRIORITIES
+from engines.fake import fake_bundle
 from engines.noise import MAX_SEED
-from tests.cdm_serve.helpers import App
+from tests.cdm_serve.helpers import App, Gate
 
 INFER = "/v2/models/fake/infer"
 LENGTH = "Inference-Header-Content-Length"
@@ -76,7 +78,7 @@ def test_pixels_cost_no_file(serve: Callable[..., App], monkeypatch: pytest.Monk
     def broken(*_: Any) -> bytes:
         raise RuntimeError("nobody asked for a file")
 
-    monkeypatch.setattr("cdm_serve.service.encode_image", broken)
+    monkeypatch.setattr("cdm_serve.delivery.encode_image", broken)
     assert asked(app).status_code == 200
     assert app.metric("cdm_stage_seconds_count", stage="image_encode") == 0
     assert app.metric("cdm_stage_seconds_count", stage="decode") == 1
@@ -117,14 +119,14 @@ def test_only_below_v2_errors_are_a_string(app: App, method: str, path: str, sta
         assert error_of(response)
 
 
-def test_name_with_slashes_is_found(serve: Callable[..., App], monkeypatch: pytest.MonkeyPatch) -> None:
-    app = serve()
-    renamed = app.engine.manifest.model_copy(update={"name": "org/fake"})
-    monkeypatch.setattr(app.engine, "manifest", renamed)
-    for path in ("", "/ready", "/versions/1", "/versions/1/config"):
-        assert app.client.get(f"/v2/models/org/fake{path}").json()["name"] == "org/fake"
-    response = app.client.post("/v2/models/org/fake/versions/1/infer", json={"inputs": [CAT]})
-    assert response.json()["model_name"] == "org/fake"
+def test_name_with_slashes_is_found(tmp_path: Path) -> None:
+    app = App(fake_bundle(tmp_path, name="org/fake"), Gate())
+    with app.client:
+        app.wait_until(app.service.runner.ready.is_set)
+        for path in ("", "/ready", "/versions/1", "/versions/1/config"):
+            assert app.client.get(f"/v2/models/org/fake{path}").json()["name"] == "org/fake"
+        response = app.client.post("/v2/models/org/fake/versions/1/infer", json={"inputs": [CAT]})
+        assert response.json()["model_name"] == "org/fake"
 
 
 def test_full_queue_is_429_for_all_rows_or_none(serve: Callable[..., App]) -> None:
@@ -166,7 +168,7 @@ def test_stop_and_warm_up_are_503_and_liveness_is_not(serve: Callable[..., App])
     app.gate.open()
     app.wait_until(app.service.runner.ready.is_set)
     assert app.client.get("/v2/health/ready").json() == {"ready": True}
-    app.service.drain_soon()
+    app.models.drain_soon()
     app.wait_until(lambda: app.service.draining)
     for response in (app.client.get("/v2/health/ready"), asked(app)):
         assert response.status_code == 503

@@ -99,7 +99,7 @@ def everything_goes_wrong(
     all_of({})
     app.engine.fail("denoise")  # 500
     all_of({}, AS_ADMIN)
-    for broken, name in ((app.engine, "tokenize"), (app.service, "parameters")):
+    for broken, name in ((app.engine, "tokenize"), (app.service._delivery, "parameters")):
         with monkeypatch.context() as patch:
             patch.setattr(broken, name, partial(fail, name))
             all_of({}, AS_ADMIN)

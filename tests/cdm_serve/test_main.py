@@ -91,7 +91,7 @@ def test_start_that_fails_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None
     def broken(*_: object) -> bytes:
         raise OSError("no encoder here")
 
-    monkeypatch.setattr("cdm_serve.service.encode_image", broken)
+    monkeypatch.setattr("cdm_serve.delivery.encode_image", broken)
     assert main(["--engine", "fake", "--port", "0"]) == 1
 
 

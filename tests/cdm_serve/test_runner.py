@@ -36,8 +36,9 @@ class Bench:
             overlap=overlap,
         )  # fmt: skip
         self.metrics = Metrics()
-        stages = Stages(self.engine, self.metrics, FixedCosts(), EmbeddingCache(cache))
-        self.runner = Runner(stages, Scheduler(stages.costs, max_batch), self.metrics)
+        counts = self.metrics.of("fake")
+        stages = Stages(self.engine, counts, FixedCosts(), EmbeddingCache(cache))
+        self.runner = Runner(stages, Scheduler(stages.costs, max_batch), counts)
         self.replies: Queue[tuple[Picture, Outcome]] = Queue()
 
     def start(self) -> None:
@@ -64,7 +65,7 @@ class Bench:
         }
 
     def metric(self, name: str, **labels: str) -> float:
-        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+        return self.metrics.registry.get_sample_value(name, {"model": "fake", **labels}) or 0.0
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from cdm_serve.delivery import Made, Preview
 from cdm_serve.schemas import parse_body
-from cdm_serve.service import Made, Preview
 from tests.cdm_serve.helpers import PATIENCE_S, App, error_of
 
 CAT = {"prompt": "cat", "seed": 1, "steps": 4}
@@ -137,7 +137,7 @@ def test_picture_that_cannot_be_encoded_is_answered(
     serve: Callable[..., App], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = serve()
-    monkeypatch.setattr(app.service, "parameters", lambda *_: {"unserialisable": object()})
+    monkeypatch.setattr(app.service._delivery, "parameters", lambda *_: {"unserialisable": object()})
     response = app.client.post("/generate", json=CAT)
     assert response.status_code == 500
     assert "encoded as png" in error_of(response)["message"]
@@ -186,7 +186,7 @@ def test_stop_answers_what_was_accepted_and_refuses_the_rest(serve: Callable[...
     with ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(app.client.post, "/generate", json={**CAT, "num_images": 6})
         app.gate.wait()
-        app.service.drain_soon()
+        app.models.drain_soon()
         app.wait_until(lambda: app.service.draining)
         refused = app.client.post("/generate", json=CAT)
         assert refused.status_code == 503
@@ -203,7 +203,7 @@ def test_stop_out_of_time_answers_503(serve: Callable[..., App]) -> None:
     with ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(app.client.post, "/generate", json=CAT)
         app.gate.wait()
-        app.service.drain_soon()
+        app.models.drain_soon()
         app.wait_until(lambda: app.service.draining)
         app.gate.open()
         assert accepted.result().status_code == 503
@@ -249,20 +249,23 @@ def test_metrics_count_what_happened(serve: Callable[..., App]) -> None:
         'cdm_requests_total{endpoint="/generate",outcome="ok"} 1.0',
         'cdm_requests_total{endpoint="/generate",outcome="invalid"} 1.0',
         'cdm_requests_total{endpoint="none",outcome="invalid"} 1.0',
-        'cdm_pictures_total{outcome="finished"} 3.0',
-        "cdm_queue_depth 0.0",
-        "cdm_queue_time_seconds_count 3.0",
-        'cdm_stage_seconds_count{stage="encode"} 3.0',
-        'cdm_stage_seconds_count{stage="denoise"} 3.0',
-        'cdm_stage_seconds_count{stage="decode"} 3.0',
-        'cdm_stage_seconds_count{stage="image_encode"} 3.0',
-        "cdm_step_seconds_count 2.0",
-        'cdm_batch_size_sum{stage="encode"} 1.0',
-        'cdm_batch_size_sum{stage="denoise"} 6.0',
-        'cdm_batch_size_sum{stage="decode"} 3.0',
-        "cdm_cancelled_compute_seconds_total 0.0",
-        'cdm_cache_misses_total{cache="embedding"} 3.0',
-        'cdm_model_info{name="fake",precision="float32",runtime="fake"} 1.0',
+        'cdm_pictures_total{model="fake",outcome="finished"} 3.0',
+        'cdm_pictures_in_work{model="fake"} 0.0',
+        'cdm_queue_depth{model="fake"} 0.0',
+        'cdm_queue_time_seconds_count{model="fake"} 3.0',
+        'cdm_stage_seconds_count{model="fake",stage="encode"} 3.0',
+        'cdm_stage_seconds_count{model="fake",stage="denoise"} 3.0',
+        'cdm_stage_seconds_count{model="fake",stage="decode"} 3.0',
+        'cdm_stage_seconds_count{model="fake",stage="image_encode"} 3.0',
+        'cdm_step_seconds_count{model="fake"} 2.0',
+        'cdm_steps_bucket{le="1.0",model="fake"} 0.0',
+        'cdm_steps_bucket{le="2.0",model="fake"} 3.0',
+        'cdm_batch_size_sum{model="fake",stage="encode"} 1.0',
+        'cdm_batch_size_sum{model="fake",stage="denoise"} 6.0',
+        'cdm_batch_size_sum{model="fake",stage="decode"} 3.0',
+        'cdm_cancelled_compute_seconds_total{model="fake"} 0.0',
+        'cdm_cache_misses_total{cache="embedding",model="fake"} 3.0',
+        'cdm_model_info{device="cpu",model="fake",precision="float32",runtime="fake"} 1.0',
     ):
         assert line in text.splitlines()
     assert "/no/such/path" not in text

@@ -105,7 +105,7 @@ def test_stop_out_of_time_ends_a_stream_with_an_error(bundle: Bundle) -> None:
         app.gate.step()
         with client.stream("POST", f"{url}/generate", json=CAT) as response:
             app.gate.wait()
-            app.service.drain_soon()
+            app.models.drain_soon()
             app.wait_until(lambda: app.service.draining)
             app.gate.open()
             name, answer = read_events(response.read())[-1]

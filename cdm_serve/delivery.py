@@ -1,0 +1,125 @@
+"""Pixels in, files out, in a pool of threads beside the engine: safety check, PNG, JPEG or WebP with the parameters."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdm_serve.errors import GenerationFailed, ServeError
+from cdm_serve.images import encode_image
+from cdm_serve.limits import Order
+from cdm_serve.metrics import ModelMetrics
+from cdm_serve.picture import Picture, Source, Spans
+from cdm_serve.safety import Safety
+from cdm_serve.schemas import FORMATS
+
+log = logging.getLogger("cdm_serve.delivery")
+
+
+@dataclass(frozen=True)
+class Made:
+    """One finished picture: its file's bytes, its seed, the steps asked for and really run, where its time went.
+
+    Without `order.file`, `data` is empty; without `order.pixels`, `pixels` (uint8, `(height, width, 3)`) is None.
+    """
+
+    data: bytes
+    seed: int
+    planned_steps: int
+    steps: int
+    spans: Spans
+    source: Source
+    pixels: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a picture would be if it ended after `step` steps: the file's bytes."""
+
+    data: bytes
+    seed: int
+    step: int
+
+
+class Delivery:
+    """Encodes the pictures of one model. Any thread may call it."""
+
+    def __init__(self, workers: int, model: str, safety: Safety, counts: ModelMetrics) -> None:
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="cdm-image")
+        self._model = model
+        self._safety = safety
+        self._counts = counts
+
+    def warm_up(self) -> None:
+        """An encoder loads on its first picture, which should be nobody's."""
+        for format in FORMATS:
+            encode_image(np.zeros((8, 8, 3), np.uint8), format, {})
+
+    def close(self) -> None:
+        """Finish what was handed in."""
+        self._pool.shutdown()
+
+    def finish(
+        self,
+        order: Order,
+        tell: Callable[[Made | ServeError], None],
+        picture: Picture,
+        outcome: NDArray[np.uint8] | ServeError,
+    ) -> None:
+        """Encode `outcome` and `tell` the result, from a thread of the pool; an error is told at once."""
+        if isinstance(outcome, ServeError):
+            tell(outcome)
+        else:
+            self._pool.submit(self._encode, order, tell, picture, outcome)
+
+    def preview(self, order: Order, picture: Picture, pixels: NDArray[np.uint8]) -> Future[Preview]:
+        """Encode x̂0 of the step that `picture` has just run."""
+        return self._pool.submit(self._preview, order, picture.seed, picture.step, pixels)
+
+    def parameters(self, order: Order, seed: int, steps: int) -> dict[str, Any]:
+        """What is written into a picture: all it takes to make it again."""
+        return {
+            "prompt": order.prompt,
+            "seed": seed,
+            "steps": steps,
+            "width": order.width,
+            "height": order.height,
+            "model": self._model,
+        }
+
+    def _encode(
+        self,
+        order: Order,
+        tell: Callable[[Made | ServeError], None],
+        picture: Picture,
+        pixels: NDArray[np.uint8],
+    ) -> None:
+        started = time.perf_counter()
+        try:
+            parameters = self.parameters(order, picture.seed, picture.step)
+            self._safety.check_picture(pixels, parameters)
+            data = encode_image(pixels, order.format, parameters, order.quality) if order.file else b""
+        except ServeError as refusal:
+            tell(refusal)
+            return
+        except Exception as error:
+            log.exception("encoding a picture as %s failed", order.format)
+            tell(GenerationFailed(f"the picture could not be encoded as {order.format}: {error}"))
+            return
+        if order.file:
+            picture.spans.image_encode = time.perf_counter() - started
+        self._counts.record(picture)
+        kept = pixels if order.pixels else None
+        tell(Made(data, picture.seed, order.steps, picture.step, picture.spans, picture.source, kept))
+
+    def _preview(self, order: Order, seed: int, step: int, pixels: NDArray[np.uint8]) -> Preview:
+        parameters = self.parameters(order, seed, step)
+        self._safety.check_picture(pixels, parameters)
+        return Preview(encode_image(pixels, order.format, parameters, order.quality), seed, step)
