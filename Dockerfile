@@ -8,7 +8,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE NOTICE ./
 COPY cdm_serve cdm_serve
 COPY engines engines
 # The other commands need torch, which is not here.
-RUN /opt/cdm-serve/bin/pip install --constraint constraints.txt ".[openvino]" \
+RUN /opt/cdm-serve/bin/pip install --constraint constraints.txt ".[openvino,otel]" \
     && rm /opt/cdm-serve/bin/cdm-train /opt/cdm-serve/bin/cdm-export /opt/cdm-serve/bin/cdm-bench
 
 FROM python:3.11.13-slim-bookworm

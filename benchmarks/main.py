@@ -18,7 +18,7 @@ COMMANDS = {
         "benchmarks.http:run",
         "what HTTP, scheduling and image encoding add to the engine's own time",
         extra="bench",
-        epilog="cdm-bench http --requests 200\ncdm-bench http --url http://127.0.0.1:8000 --steps 1",
+        epilog="cdm-bench http\ncdm-bench http --url http://127.0.0.1:8000 --steps 1 --concurrency 1,8",
         user_errors=("benchmarks.server:ServerError",),
     ),
     "serve": Command(
@@ -30,6 +30,22 @@ COMMANDS = {
         "cdm-bench serve --bundle bundles/mine --max-batch 16 --rates 0.5x,1x,1.5x --duration 60 --rounds 5\n"
         "cdm-bench serve --url http://127.0.0.1:8000 --variants step,step+auto --rates 20,40",
         user_errors=("benchmarks.server:ServerError",),
+    ),
+    "soak": Command(
+        "benchmarks.soak:SoakSettings",
+        "benchmarks.soak:run",
+        "overload for long, with callers who leave, send rubbish or read slowly: what is lost, left over or grows",
+        extra="bench",
+        epilog="cdm-bench soak --minutes 30 --load 1.2\n"
+        "cdm-bench soak --engine fake --fake-costs benchmarks/costs/epyc-2-threads.json --minutes 3",
+        user_errors=("benchmarks.server:ServerError",),
+    ),
+    "invariance": Command(
+        "benchmarks.invariance:InvarianceSettings",
+        "benchmarks.invariance:run",
+        "what byte-identical pictures cost, whatever shares their batch",
+        extra="bench",
+        epilog="cdm-bench invariance --groups 1,4,8",
     ),
     "simulate": Command(
         "benchmarks.simulate:SimulateSettings",

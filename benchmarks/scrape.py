@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Self
 
@@ -22,13 +23,11 @@ class BatchSizes:
     @classmethod
     def read(cls, text: str) -> Self:
         """From the text of `/metrics`; nothing has been run yet where it is not there."""
-        samples = {
-            (sample.name, sample.labels.get("le", "")): sample.value
-            for family in text_string_to_metric_families(text)
-            if family.name == NAME
-            for sample in family.samples
-            if sample.labels["stage"] == STAGE
-        }
+        samples: defaultdict[tuple[str, str], float] = defaultdict(float)  # of all models together
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples if family.name == NAME else ():
+                if sample.labels["stage"] == STAGE:
+                    samples[sample.name, sample.labels.get("le", "")] += sample.value
         at_most = {float(le): value for (name, le), value in samples.items() if name == f"{NAME}_bucket"}
         return cls(at_most, samples.get((f"{NAME}_count", ""), 0.0), samples.get((f"{NAME}_sum", ""), 0.0))
 

@@ -5,6 +5,7 @@ app = create_app(ServeSettings(engine="fake"), engine)
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ from cdm_serve.keys import KeyRing
 from cdm_serve.limits import Limits
 from cdm_serve.models import Models
 from cdm_serve.settings import ServeSettings
+from cdm_serve.tracing import open_tracing, telemetry
 from engines.base import Engine
 from engines.cli import DISTRIBUTION
 
@@ -44,12 +46,17 @@ def create_app(settings: ServeSettings, *engines: Engine, costs: CostModel | Non
             the same name.
     """
     keys = None if settings.keys is None else KeyRing(settings.keys)
-    models = Models(settings, engines, costs)
+    tracing = open_tracing(settings.otlp_endpoint)
+    models = Models(settings, engines, costs, tracing)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with models:
-            yield
+        try:
+            async with models:
+                yield
+        finally:
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title=f"cdm-serve: {models.default.name}",
@@ -58,6 +65,7 @@ def create_app(settings: ServeSettings, *engines: Engine, costs: CostModel | Non
         lifespan=lifespan,
         docs_url=None,  # FastAPI's own page loads its scripts from a CDN; pages.py has one that needs no internet
         redoc_url=None,
+        telemetry=telemetry(tracing),
     )
     app.state.models = models
     app.state.keys = keys
@@ -71,6 +79,8 @@ def create_app(settings: ServeSettings, *engines: Engine, costs: CostModel | Non
             expose_headers=EXPOSED_HEADERS,
         )  # fmt: skip
     app.add_middleware(Front, metrics=models.metrics, body_timeout_s=settings.body_timeout_s)
+    if tracing is not None:
+        app.add_middleware(tracing.described)
     app.add_exception_handler(ServeError, _serve_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.include_router(routes.router)

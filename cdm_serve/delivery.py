@@ -75,13 +75,15 @@ class Delivery:
     ) -> None:
         """Encode `outcome` and `tell` the result, from a thread of the pool; an error is told at once."""
         if isinstance(outcome, ServeError):
+            _end(picture, outcome)
             tell(outcome)
         else:
-            self._pool.submit(self._encode, order, tell, picture, outcome)
+            self._pool.submit(picture.context.copy().run, self._encode, order, tell, picture, outcome)
 
     def preview(self, order: Order, picture: Picture, pixels: NDArray[np.uint8]) -> Future[Preview]:
         """Encode x̂0 of the step that `picture` has just run."""
-        return self._pool.submit(self._preview, order, picture.seed, picture.step, pixels)
+        step = picture.step  # by the time a thread is free it may have run another
+        return self._pool.submit(picture.context.copy().run, self._preview, order, picture, step, pixels)
 
     def parameters(self, order: Order, seed: int, steps: int) -> dict[str, Any]:
         """What is written into a picture: all it takes to make it again."""
@@ -107,19 +109,33 @@ class Delivery:
             self._safety.check_picture(pixels, parameters)
             data = encode_image(pixels, order.format, parameters, order.quality) if order.file else b""
         except ServeError as refusal:
+            _end(picture, refusal)
             tell(refusal)
             return
         except Exception as error:
             log.exception("encoding a picture as %s failed", order.format)
+            _end(picture, error)
             tell(GenerationFailed(f"the picture could not be encoded as {order.format}: {error}"))
             return
         if order.file:
             picture.spans.image_encode = time.perf_counter() - started
+            if picture.trail is not None:
+                picture.trail.encoded(started)
+        _end(picture)
         self._counts.record(picture)
         kept = pixels if order.pixels else None
         tell(Made(data, picture.seed, order.steps, picture.step, picture.spans, picture.source, kept))
 
-    def _preview(self, order: Order, seed: int, step: int, pixels: NDArray[np.uint8]) -> Preview:
-        parameters = self.parameters(order, seed, step)
+    def _preview(self, order: Order, picture: Picture, step: int, pixels: NDArray[np.uint8]) -> Preview:
+        started = time.perf_counter()
+        parameters = self.parameters(order, picture.seed, step)
         self._safety.check_picture(pixels, parameters)
-        return Preview(encode_image(pixels, order.format, parameters, order.quality), seed, step)
+        data = encode_image(pixels, order.format, parameters, order.quality)
+        if picture.trail is not None:
+            picture.trail.encoded(started, preview=True)
+        return Preview(data, picture.seed, step)
+
+
+def _end(picture: Picture, error: Exception | None = None) -> None:
+    if picture.trail is not None:
+        picture.trail.end(error)

@@ -23,7 +23,9 @@ from typing import IO, Literal
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
-"""Set by `front.py`; empty outside requests, and on the runner's and the encoders' threads."""
+"""Set by `front.py`; empty outside requests. `Picture.context` carries it to other threads."""
+TRACE_ID: ContextVar[str] = ContextVar("trace_id", default="")
+"""Set by `otel.py`, as 32 hex digits; empty where nothing is traced."""
 
 
 def configure(format: Literal["text", "json"], level: str, prompts: bool = False) -> None:
@@ -100,6 +102,8 @@ class JsonLines(Discreet):
         }
         if request_id := REQUEST_ID.get():
             entry["request_id"] = request_id
+        if trace_id := TRACE_ID.get():
+            entry["trace_id"] = trace_id
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps({**entry, **getattr(record, "fields", {})}, default=str)

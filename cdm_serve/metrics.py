@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics import MetricWrapperBase
@@ -107,6 +107,7 @@ class Metrics:
         )
         self.cache_hits = counter("cdm_cache_hits", "Look-ups a cache answered", "model", "cache")
         self.cache_misses = counter("cdm_cache_misses", "Look-ups it did not", "model", "cache")
+        ProcessCollector(registry=registry)
         self._costs = _Costs()
         registry.register(self._costs)
 

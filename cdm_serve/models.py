@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from cdm_serve.costs import CostModel
 from cdm_serve.errors import InvalidRequest, LoadFailed, ModelNotFound, Unavailable
@@ -28,6 +28,9 @@ from engines.base import Engine, load_engine
 from engines.bundle import load_bundle
 from engines.cli import UsageError
 from engines.errors import BundleError, RuntimeUnavailable
+
+if TYPE_CHECKING:
+    from cdm_serve.otel import Tracing
 
 log = logging.getLogger("cdm_serve.models")
 
@@ -56,7 +59,11 @@ class Models:
     """
 
     def __init__(
-        self, settings: ServeSettings, engines: Sequence[Engine], costs: CostModel | None = None
+        self,
+        settings: ServeSettings,
+        engines: Sequence[Engine],
+        costs: CostModel | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         assert engines
         self.settings = settings
@@ -64,6 +71,7 @@ class Models:
         self.draining = False
         self._safety = Safety(settings.block_list, settings.safety_hook, self.metrics)
         self._turns = Turns()
+        self._tracing = tracing
         self._served: dict[str, Service] = {}
         self._loading: dict[Path, Service | None] = {}
         self._leaving: dict[Service, asyncio.Task[None]] = {}
@@ -79,7 +87,7 @@ class Models:
             self._served[service.name] = service
 
     def _service(self, engine: Engine, costs: CostModel | None = None) -> Service:
-        return Service(self.settings, engine, self.metrics, self._safety, costs, self._turns)
+        return Service(self.settings, engine, self.metrics, self._safety, costs, self._turns, self._tracing)
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -126,11 +134,11 @@ class Models:
     def statuses(self) -> list[Status]:
         """Every model that is served, comes or goes."""
         lines = [Status(service.name, _state(service), service.runner.warmed) for service in self.services]
-        for folder, service in self._loading.items():
-            if service is None:
+        for folder, coming in self._loading.items():
+            if coming is None:
                 lines.append(Status(str(folder), "loading", (0, 1)))
             else:
-                lines.append(Status(service.name, _state(service), service.runner.warmed))
+                lines.append(Status(coming.name, _state(coming), coming.runner.warmed))
         return lines + [Status(old.name, "draining", old.runner.warmed) for old in self._leaving]
 
     def drain(self) -> None:
@@ -159,7 +167,8 @@ class Models:
                 raise Unavailable(STOPPING)
             self._loading[folder] = None
             try:
-                service = self._loading[folder] = await asyncio.to_thread(self._opened, folder)
+                service = await asyncio.to_thread(self._opened, folder)
+                self._loading[folder] = service
                 await service.__aenter__()
                 while not (service.runner.ready.is_set() or service.runner.failure or self.draining):
                     await asyncio.sleep(POLL_S)

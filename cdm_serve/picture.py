@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from itertools import count
 from math import inf
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +16,13 @@ from numpy.typing import NDArray
 from cdm_serve.errors import ServeError
 from engines.base import Conditioning, Sample, TokenIds
 
+if TYPE_CHECKING:
+    from cdm_serve.tracing import Trail
+
 _ids = count(1)
+
+Source = Literal["made", "shared", "kept"]
+"""Whether a picture was made for its request, for another that asked for the same, or before (`results.py`)."""
 
 
 @dataclass(slots=True)
@@ -52,9 +60,13 @@ class Picture:
     deadline: float = inf
     priority: int = 0
     min_steps: int | None = None
+    source: Source = "made"
     id: int = field(default_factory=lambda: next(_ids))
     arrival: float = field(default_factory=time.perf_counter)
+    context: Context = field(default_factory=copy_context)
+    """Its request's: what other threads do for it is logged under its id. Run copies of it: two may want it at once."""
     spans: Spans = field(default_factory=Spans, init=False)
+    trail: Trail | None = field(default=None, init=False)  # Tracing.following: it is traced
     started: bool = field(default=False, init=False)  # Runner._begin: it was in a call
     conditioning: Conditioning = field(default=None, init=False)
     sample: Sample = field(default=None, init=False)

@@ -12,13 +12,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cdm_serve.costs import STAGES, TEXT, Stage
 from cdm_serve.errors import DeadlineInfeasible, GenerationFailed, ServeError, Unavailable
-from cdm_serve.metrics import Metrics
+from cdm_serve.logs import REQUEST_ID
+from cdm_serve.metrics import ModelMetrics
 from cdm_serve.picture import Picture
 from cdm_serve.scheduler import Scheduler
 from cdm_serve.stages import Stages
@@ -35,7 +37,12 @@ class Runner:
     """Start it, submit pictures, stop it. `ready` is set once every call that a request can lead to has been run."""
 
     def __init__(
-        self, stages: Stages, scheduler: Scheduler, metrics: Metrics, on_ready: Callable[[], None] = lambda: None
+        self,
+        stages: Stages,
+        scheduler: Scheduler,
+        metrics: ModelMetrics,
+        on_ready: Callable[[], None] = lambda: None,
+        turns: AbstractContextManager[None] | None = None,
     ) -> None:
         self.ready = threading.Event()
         self.failure: str | None = None
@@ -45,6 +52,7 @@ class Runner:
         self._stages = stages
         self._scheduler = scheduler
         self._metrics = metrics
+        self._turns = nullcontext() if turns is None or stages.engine.info.overlap else turns
         self._pictures: dict[int, Picture] = {}
         self._edge = threading.Condition()
         self._stop_at: float | None = None
@@ -184,10 +192,15 @@ class Runner:
     def _do(self, call: Call, members: list[Picture]) -> None:
         images: list[NDArray[np.uint8]] = []
         failed: GenerationFailed | None = None
+        asked = time.perf_counter()
         try:
-            images = self._stages.run(call, members)
+            with self._turns:
+                waited = time.perf_counter() - asked
+                images = self._stages.run(call, members)
+            for picture in members:
+                picture.spans.queue += waited
         except Exception as error:
-            failed = _failed(call.stage, error)
+            failed = _failed(call.stage, error, members)
         if failed is not None:
             self._fail(members, failed)
         elif call.stage == "denoise":
@@ -214,11 +227,12 @@ class Runner:
         if not pictures:
             return
         try:
-            images = self._stages.previews(call.bucket, pictures)
+            with self._turns:
+                images = self._stages.previews(call.bucket, pictures)
         except (
             Exception
         ) as error:  # the picture itself may still come; if the engine is broken, its next call tells
-            _failed("decode previews of", error)
+            _failed("decode previews of", error, pictures)
             return
         for picture, image in zip(pictures, images, strict=True):
             assert picture.preview is not None
@@ -255,7 +269,8 @@ class Runner:
         ]
         for done, (stage, bucket, batch) in enumerate(calls):
             self.warmed = (done, len(calls))
-            self._stages.warm_up(stage, bucket, batch)
+            with self._turns:
+                self._stages.warm_up(stage, bucket, batch)
             while work := self._next(STAGES, wait=False):
                 self._do(*work)
             if self._stop_at is not None:
@@ -265,9 +280,13 @@ class Runner:
         self._on_ready()
 
 
-def _failed(stage: str, error: Exception) -> GenerationFailed:
+def _failed(stage: str, error: Exception, pictures: Sequence[Picture]) -> GenerationFailed:
     expected = isinstance(error, ExecutionError)
-    log.error("the engine failed to %s: %s", stage, error, exc_info=None if expected else error)
+    ids = list(dict.fromkeys(picture.context.get(REQUEST_ID, "") for picture in pictures))
+    log.error(
+        "the engine failed to %s: %s (request_ids=%s)", stage, error, ",".join(ids),
+        exc_info=None if expected else error, extra={"fields": {"request_ids": ids}},
+    )  # fmt: skip
     return GenerationFailed(
         f"the engine failed to {stage} this picture's batch: {error}; the request can be sent again"
     )

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from math import inf
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,9 @@ from cdm_serve.settings import ServeSettings
 from cdm_serve.stages import Stages
 from engines.base import Engine
 
+if TYPE_CHECKING:
+    from cdm_serve.otel import Tracing
+
 log = logging.getLogger("cdm_serve.service")
 
 Reply = Callable[[Picture, "NDArray[np.uint8] | ServeError"], None]
@@ -60,6 +63,7 @@ class Service:
         safety: Safety | None = None,
         costs: CostModel | None = None,
         turns: AbstractContextManager[None] | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings = settings
         self.engine = engine
@@ -79,6 +83,7 @@ class Service:
         self.runner = Runner(stages, scheduler, self._counts, self._keep_costs, turns)
         self.permits = Permits(settings.queue_limit, self.runner.wait_for)
         self.draining = False
+        self._tracing = tracing
         self._results = Results(settings.result_cache) if settings.result_cache else None
         self._delivery = Delivery(settings.image_workers, self.name, self.safety, self._counts)
         self._loop: asyncio.AbstractEventLoop
@@ -211,6 +216,8 @@ class Service:
                 )
                 for (order, tokens, seed), reply in zip(wishes, replies, strict=True)
             ]  # fmt: skip
+            if self._tracing is not None:
+                leaving.enter_context(self._tracing.following(pictures, self.name))
             if self._results is not None:
                 pictures = [
                     picture for picture in pictures if not self._shared(self._results, picture, leaving)

@@ -15,6 +15,7 @@ MAX_PROMPT_CHARS = 4096
 
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/\s]+)$")]
+Endpoint = Annotated[str, StringConstraints(pattern=r"^https?://[^/\s?#]+(/[^\s?#]*)?$")]
 Function = Annotated[str, StringConstraints(pattern=r"^\w+(\.\w+)*:\w+$")]
 
 
@@ -127,6 +128,11 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe log line"
+    )
+    otlp_endpoint: Endpoint | None = Field(
+        None,
+        description="URL of an OpenTelemetry collector (OTLP/HTTP, such as http://localhost:4318) that gets a trace of "
+        "every request; OTEL_… variables say the rest; none: nothing is traced",
     )
     drain_timeout_s: float = Field(
         30.0, ge=0, le=3600, description="seconds that a stop waits for what was accepted"

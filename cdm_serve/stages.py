@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from threading import Lock
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cdm_serve.costs import TEXT, Bucket, CostModel, Stage
 from cdm_serve.embeddings import EmbeddingCache
-from cdm_serve.metrics import Metrics
+from cdm_serve.metrics import ModelMetrics
 from cdm_serve.picture import Picture
 from cdm_serve.replan import replan
 from cdm_serve.tasks import Call
+from cdm_serve.tracing import remember
 from engines.base import Conditioning, Engine, Sample, TokenIds
 from engines.noise import noise
+
+T = TypeVar("T")
 
 
 class Stages:
     """The engine's three components over pictures. Calls of one stage come from one thread at a time."""
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, costs: CostModel, embeddings: EmbeddingCache
+        self, engine: Engine, metrics: ModelMetrics, costs: CostModel, embeddings: EmbeddingCache
     ) -> None:
         self.engine = engine
         self.costs = costs
@@ -59,9 +64,10 @@ class Stages:
         if not missing:
             return
         self._metrics.cache_misses.labels("embedding").inc(sum(map(len, missing.values())))
-        started = time.perf_counter()
-        embeddings = self.engine.encode(list(missing))
-        span = self._spent("encode", TEXT, len(missing), started)
+        members = [picture for same in missing.values() for picture in same]
+        texts = list(missing)
+        encode = partial(self.engine.encode, texts)
+        embeddings, span = self._timed("encode", TEXT, len(texts), members, encode)
         for (tokens, same), conditioning in zip(missing.items(), embeddings, strict=True):
             with self._lock:
                 self._embeddings.put(tokens, conditioning)
@@ -76,14 +82,14 @@ class Stages:
                 picture.sample = self.engine.put(noise(picture.seed, shape))
             if len(picture.remaining) != left + 1:  # the scheduler has changed its steps
                 picture.remaining = replan(self.engine.manifest.schedules, picture.remaining[0], left)
-        started = time.perf_counter()
-        samples, estimates = self.engine.denoise(
+        step = partial(
+            self.engine.denoise,
             [picture.sample for picture in pictures],
             [picture.remaining[0] for picture in pictures],
             [picture.remaining[1] for picture in pictures],
             [picture.conditioning for picture in pictures],
         )
-        span = self._spent("denoise", call.bucket, len(pictures), started)
+        (samples, estimates), span = self._timed("denoise", call.bucket, len(pictures), pictures, step)
         self._metrics.step_seconds.observe(span)
         for picture, sample, estimate in zip(pictures, samples, estimates, strict=True):
             picture.sample, picture.estimate = sample, estimate
@@ -93,20 +99,21 @@ class Stages:
             picture.compute += span / len(pictures)
 
     def _decode(self, call: Call, pictures: Sequence[Picture]) -> list[NDArray[np.uint8]]:
-        images, span = self._decoded(call.bucket, [picture.sample for picture in pictures])
+        images, span = self._decoded(call.bucket, pictures, [picture.sample for picture in pictures])
         for picture in pictures:
             picture.spans.decode = span
         return images
 
     def previews(self, bucket: Bucket, pictures: Sequence[Picture]) -> list[NDArray[np.uint8]]:
         """What `pictures`, of one shape, would be if they ended here: x̂0 of their last step, decoded."""
-        return self._decoded(bucket, [picture.estimate for picture in pictures])[0]
+        return self._decoded(bucket, pictures, [picture.estimate for picture in pictures], preview=True)[0]
 
-    def _decoded(self, bucket: Bucket, samples: list[Sample]) -> tuple[list[NDArray[np.uint8]], float]:
+    def _decoded(
+        self, bucket: Bucket, pictures: Sequence[Picture], samples: list[Sample], preview: bool = False
+    ) -> tuple[list[NDArray[np.uint8]], float]:
+        decode = partial(self.engine.decode, samples)
         with self._decoding:  # previews come from the denoising thread
-            started = time.perf_counter()
-            images = self.engine.decode(samples)
-            span = self._spent("decode", bucket, len(samples), started)
+            images, span = self._timed("decode", bucket, len(samples), pictures, decode, preview)
         return list(images), span
 
     def warm_up(self, stage: Stage, bucket: Bucket, batch: int) -> None:
@@ -134,8 +141,23 @@ class Stages:
         latent = self.engine.manifest.latent
         return (latent.channels, height // latent.downscale, width // latent.downscale)
 
-    def _spent(self, stage: Stage, bucket: Bucket, batch: int, started: float) -> float:
-        span = time.perf_counter() - started
+    def _timed(
+        self,
+        stage: Stage,
+        bucket: Bucket,
+        batch: int,
+        pictures: Sequence[Picture],
+        call: Callable[[], T],
+        preview: bool = False,
+    ) -> tuple[T, float]:
+        """What the engine's `call` for `pictures` returns, and its seconds: counted, learnt from and traced."""
+        started = time.perf_counter()
+        try:
+            result = call()
+        except Exception as error:
+            remember(pictures, stage, batch, started, preview, error)
+            raise
+        span = remember(pictures, stage, batch, started, preview)
         self._metrics.batch_size.labels(stage).observe(batch)
         self.costs.record(stage, bucket, batch, span)
-        return span
+        return result, span
