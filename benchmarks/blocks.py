@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.http import parse_server_timing
 from benchmarks.openloop import Answer, Body
-from benchmarks.outcomes import Outcome, codes, quantiles, summary
+from benchmarks.outcomes import Outcome, codes, in_time, quantiles, summary
+from benchmarks.overhead import parse_server_timing
 from benchmarks.scrape import NOTHING, BatchSizes
 from cdm_serve.picture import STAGES
 
@@ -101,6 +101,7 @@ def _pooled(blocks: Sequence[Block], slos: Sequence[float]) -> tuple[dict[str, A
     detail = {
         **which,
         "not_served": codes(outcomes),
+        "in_time": in_time(outcomes, slos),
         "batches": batches.histogram(),
         "warmup": summary(warming, sum(block.warmup for block in blocks) or 1.0, slos),
         "lag_ms": quantiles(lags),

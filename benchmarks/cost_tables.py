@@ -56,24 +56,24 @@ def costs_of_server(url: str) -> CostTable:
     source = (
         f"measured by {engine['runtime']} {engine['version']} {engine['precision']} on {engine['device']}"
     )
-    rows = costs_in(text)
+    rows = costs_in(text, info["model"])
     if not rows:
         raise ServerError(f"{url} has measured nothing yet; wait until its /readyz answers 200")
     return CostTable(name=info["model"], source=source, rows=rows)
 
 
-def costs_in(text: str) -> tuple[CallCost, ...]:
-    """The cost model in a server's `/metrics`."""
+def costs_in(text: str, model: str) -> tuple[CallCost, ...]:
+    """The cost model of `model` in a server's `/metrics`."""
     return tuple(
         CallCost.model_validate(
             {
-                **{name: value for name, value in sample.labels.items() if value},
+                **{name: value for name, value in sample.labels.items() if value and name != "model"},
                 "seconds": sample.value,
             }
         )
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.name == GAUGE
+        if sample.name == GAUGE and sample.labels["model"] == model
     )
 
 

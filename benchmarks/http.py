@@ -1,132 +1,116 @@
-"""`cdm-bench http`: what a picture costs beyond the engine.
+"""`cdm-bench http`: what HTTP, scheduling and image encoding cost beside the engine.
 
-One client asks for one picture after the other over one connection. The response's `Server-Timing` header tells what
-the engine took (encode + denoise + decode, wall time in the runner); the rest is HTTP, validation, queueing between
-threads and image encoding, and is reported apart.
+Two questions, two tables: by how much is a picture later than its engine calls (`overhead.py` says what is subtracted
+and why), and how many requests a second does the surface bear when the engine costs nothing (`surface.py`)?
 """
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-import httpx
 from pydantic import Field, model_validator
 
-from benchmarks.report import percentiles, show
+from benchmarks.overhead import measure, row
+from benchmarks.report import show, table
 from benchmarks.server import Server, ServerError
-from engines.cli import CommandSettings
+from benchmarks.surface import surface
+from benchmarks.wire import Broken, Wire, get
+from engines.cli import CommandSettings, UsageError
 
-ENGINE_STAGES = ("encode", "denoise", "decode")
-_ENTRY = re.compile(r"([\w-]+);\s*dur=([\d.]+)")
+Runtime = Literal["auto", "openvino", "onnxruntime", "fake"]
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+Info = dict[str, Any]
+"""What `/info` answers."""
 
 
 class HttpBenchSettings(CommandSettings, env_prefix="CDM_BENCH_HTTP_"):
-    """HTTP overhead with one client: wall time of POST /generate minus the engine's own time."""
+    """Overhead of POST /generate beyond the engine's own time, and the surface's requests per second."""
 
-    url: str | None = Field(None, description="a running server; none: start one")
-    bundle: Path | None = Field(None, description="bundle for the started server; none: the bundled model")
-    engine: Literal["auto", "openvino", "onnxruntime", "fake"] = Field(
-        "auto", description="runtime of the started server"
+    url: str | None = Field(
+        None, description="a running server, whose overhead is measured alone; none: start some"
     )
-    requests: int = Field(200, ge=1, le=100_000, description="measured requests")
-    warmup: int = Field(20, ge=0, le=10_000, description="requests before, not counted")
+    bundle: Path | None = Field(None, description="bundle for the started servers; none: the bundled model")
+    engine: list[Runtime] = Field(
+        ["auto", "fake"], min_length=1, description="runtimes of the started servers"
+    )
+    concurrency: list[Annotated[int, Field(ge=1, le=64)]] = Field(
+        [1, 32], min_length=1, description="connections that ask at once"
+    )
+    requests: int = Field(
+        500, ge=1, le=100_000, description="measured requests, for each runtime and concurrency"
+    )
+    warmup: int = Field(50, ge=0, le=10_000, description="requests before, not counted")
     steps: int | None = Field(None, ge=1, description="denoising steps; none: the bundle's default")
-    format: Literal["png", "jpeg", "webp"] = Field("png", description="image format asked for")
+    format: list[ImageFormat] = Field(
+        ["png", "jpeg"], min_length=1, description="image formats; overhead is measured with the first"
+    )
+    rounds: int = Field(5, ge=0, le=1000, description="rounds of the surface's contenders; 0: leave them out")
+    round_s: float = Field(3.0, gt=0, le=600, description="seconds of a contender's turn in a round")
 
     @model_validator(mode="after")
     def _a_running_server_has_its_engine(self) -> Self:
-        for name, value, nothing in (("engine", self.engine, "auto"), ("bundle", self.bundle, None)):
-            if self.url is not None and value != nothing:
+        for name in ("engine", "bundle"):
+            value = getattr(self, name)
+            if self.url is not None and value != type(self).model_fields[name].default:
+                given = ",".join(value) if isinstance(value, list) else value
                 raise ValueError(
-                    f"--{name}={value} is for a server to be started, but --url={self.url} is already running; "
+                    f"--{name}={given} is for a server to be started, but --url={self.url} is already running; "
                     "leave one of them out"
                 )
         return self
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One answered request, milliseconds: the client's wall time and the server's stages."""
-
-    wall: float
-    stages: dict[str, float]
-
-    @property
-    def engine(self) -> float:
-        """Time that the engine had the picture."""
-        return sum(self.stages[stage] for stage in ENGINE_STAGES)
-
-    @property
-    def overhead(self) -> float:
-        """All the rest."""
-        return self.wall - self.engine
-
-
-def parse_server_timing(header: str) -> dict[str, float]:
-    """Durations by name, in milliseconds, of a `Server-Timing` header.
-
-    Raises:
-        ServerError: an engine stage is not among them.
-    """
-    stages = {name: float(duration) for name, duration in _ENTRY.findall(header)}
-    missing = [stage for stage in ENGINE_STAGES if stage not in stages]
-    if missing:
-        raise ServerError(f"server-timing={header!r} lacks {', '.join(missing)}; is this a cdm-serve?")
-    return stages
-
-
-def measure(client: httpx.Client, settings: HttpBenchSettings) -> list[Sample]:
-    """Ask for `warmup` + `requests` pictures, one after the other; the warm-up is not among what is returned."""
-    samples = []
-    for number in range(settings.warmup + settings.requests):
-        # A prompt of its own each time, so that the embedding cache does not flatter the engine's part.
-        body = {"prompt": f"red apple {number}", "seed": number, "format": settings.format}
-        if settings.steps is not None:
-            body["steps"] = settings.steps
-        began = time.perf_counter()
-        try:
-            response = client.post("/generate", json=body)
-        except httpx.HTTPError as error:
-            raise ServerError(f"{client.base_url} does not answer: {error}") from error
-        wall = (time.perf_counter() - began) * 1e3
-        if response.status_code != httpx.codes.OK or not response.headers["content-type"].startswith(
-            "image/"
-        ):
-            raise ServerError(f"POST /generate answered {response.status_code}: {response.text[:300]}")
-        samples.append(Sample(wall, parse_server_timing(response.headers.get("server-timing", ""))))
-    return samples[settings.warmup :]
-
-
-def rows(samples: Sequence[Sample]) -> list[dict[str, object]]:
-    """One row per part: wall, engine (encode + denoise + decode), overhead (wall − engine), the server's stages."""
-    parts = {
-        "wall": [s.wall for s in samples],
-        "engine": [s.engine for s in samples],
-        "overhead": [s.overhead for s in samples],
-    }
-    for stage in samples[0].stages:
-        parts[f"stage {stage}"] = [s.stages[stage] for s in samples]
-    return [{"part, ms": name, **percentiles(values)} for name, values in parts.items()]
-
-
 def run(settings: HttpBenchSettings) -> None:
     """Measure and print."""
-    with ExitStack() as stack:
-        url = settings.url
-        if url is None:
-            flags = ["--engine", settings.engine, "--log-level", "warning"]
-            flags += ["--bundle", str(settings.bundle)] if settings.bundle else []
-            url = stack.enter_context(Server(flags)).url
-        client = stack.enter_context(httpx.Client(base_url=url, timeout=60, trust_env=False))
-        samples = measure(client, settings)
-        info = client.get("/info").json()
-    served = {key: info[key] for key in ("model", "engine")}
-    show(
-        "http", rows(samples), **served, steps=settings.steps or info["default_steps"], format=settings.format
-    )
+    rows, details, served, busy = [], [], [], os.getloadavg()[0]
+    fields: dict[str, Any] = {"format": settings.format[0]}
+    if settings.steps is not None:
+        fields["steps"] = settings.steps
+    for engine in settings.engine if settings.url is None else ["running"]:
+        with _server(settings, engine) as address:
+            info = asyncio.run(_info(address))
+            name = f"{info['model']}, {info['engine']['runtime']} {info['engine']['precision']}"
+            served.append({key: info[key] for key in ("model", "engine")})
+            for concurrency in settings.concurrency:
+                samples = asyncio.run(
+                    measure(address, fields, concurrency, settings.warmup, settings.requests)
+                )
+                rows.append({"p50, ms": name, "concurrency": concurrency, **row(samples)})
+    if settings.url is None and settings.rounds:
+        most = max(settings.concurrency)
+        details = surface(settings.format, most, settings.steps or 1, settings.rounds, settings.round_s)
+        print(table(details), end="\n\n")
+    facts = settings.model_dump(mode="json", exclude={"url", "bundle"})
+    show("http", rows, surface=details, served=served, settings=facts, load_average_before=busy)
+
+
+@contextmanager
+def _server(settings: HttpBenchSettings, engine: str) -> Iterator[tuple[str, int]]:
+    """The address of the running server, or of one that is started for as long as the body takes."""
+    if settings.url is not None:
+        parts = urlsplit(settings.url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise UsageError(f"--url={settings.url} must be http://host:port")
+        yield parts.hostname, parts.port or 80
+        return
+    flags = ["--engine", engine, "--log-level", "warning"]
+    flags += ["--bundle", str(settings.bundle)] if settings.bundle else []
+    with Server(flags) as server:
+        yield "127.0.0.1", server.port
+
+
+async def _info(address: tuple[str, int]) -> Info:
+    try:
+        async with Wire(address) as wire:
+            info: Info = json.loads((await wire.ask(get("/info"))).body)
+    except (OSError, Broken, ValueError) as error:
+        raise ServerError(f"http://{address[0]}:{address[1]} does not answer /info: {error}") from error
+    return info

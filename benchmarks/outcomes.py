@@ -20,6 +20,10 @@ Status = Literal["served", "refused", "failed"]
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 
 
+KNEE = 0.95
+"""The share of all that were asked for that must be in time up to the knee of a curve over rates."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One picture: scheduled arrival and latency (of a refusal too) in seconds, steps really run, why not served."""
@@ -47,6 +51,43 @@ def summary(outcomes: Sequence[Outcome], duration: float, slos: Sequence[float])
         },
         **{f"{name} ms": value for name, value in quantiles(latencies * 1e3).items()},
         "steps": round(sum(item.steps for item in served) / len(served), 3) if served else None,
+    }
+
+
+def in_time(outcomes: Sequence[Outcome], slos: Sequence[float]) -> dict[str, float]:
+    """The share of everything offered that was served within each SLO (s)."""
+    within = [item.latency for item in outcomes if item.status == "served"]
+    return {
+        f"≤{slo * 1e3:.0f} ms": sum(latency <= slo for latency in within) / max(1, len(outcomes))
+        for slo in sorted(set(slos))
+    }
+
+
+def knee(points: Sequence[tuple[float, float]], share: float = KNEE) -> float:
+    """The rate up to which at least `share` is in time, of (rate, share in time) points: on the line between two.
+
+    The first drop counts, whatever comes after; 0 if the lowest rate is beyond it, the highest if none is.
+    """
+    carried = 0.0
+    before = 1.0
+    for rate, held in sorted(points):
+        if held < share:
+            return carried + (rate - carried) * (before - share) / (before - held) if carried else 0.0
+        carried, before = rate, held
+    return carried
+
+
+def knees(details: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Variant → SLO → knee, of rows with `variant`, `rate /s` and `in_time`."""
+    return {
+        variant: {
+            slo: round(
+                knee([(row["rate /s"], row["in_time"][slo]) for row in details if row["variant"] == variant]),
+                3,
+            )
+            for slo in details[0]["in_time"]
+        }
+        for variant in dict.fromkeys(row["variant"] for row in details)
     }
 
 

@@ -26,6 +26,7 @@ from benchmarks.blocks import Blocks
 from benchmarks.cost_tables import cost_model, costs_of_server
 from benchmarks.load import VARIANTS, LoadSettings, capacity, key_headers, rates_of
 from benchmarks.openloop import LIMITS
+from benchmarks.outcomes import KNEE, knees
 from benchmarks.plots import plot_sweep
 from benchmarks.report import show
 from benchmarks.server import Server
@@ -129,6 +130,8 @@ async def _measure(settings: ServeBenchSettings, urls: Mapping[str, str]) -> int
         },
         "steps": sweep.mix.steps,
         "sizes": [f"{width}x{height}" for width, height in sweep.mix.sizes],
+        "knees": knees(details),
+        "knee_share": KNEE,
         "details": details,
         "costs": [row.model_dump(exclude_none=True) for row in table.rows],
         "settings": settings.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""A real `cdm-serve` process on a loopback port, for benchmarks and for the README's test.
+"""A real server process on a loopback port, for benchmarks and for the README's test.
 
 with Server(["--engine", "fake"]) as server:
     httpx.post(f"{server.url}/generate", json={"prompt": "red apple"})
@@ -36,16 +36,17 @@ def free_port() -> int:
 
 
 class Server:
-    """Starts `python -m cdm_serve.main FLAGS` on entry, waits for `/readyz` unless told not to, stops it on exit.
+    """Starts `python -m MODULE FLAGS` on entry, waits for `/readyz` unless told not to, stops it on exit.
 
-    `started` is `time.perf_counter()` just before the process was created. The environment's `CDM_SERVE_*` are not
-    passed on: the flags say all.
+    `started` is `time.perf_counter()` just before the process was created; `exit_code` and `log`, all that it printed,
+    are there when it has ended. The environment's `CDM_SERVE_*` are not passed on: the flags say all.
     """
 
     def __init__(
         self,
         flags: Sequence[str] = (),
         *,
+        module: str = "cdm_serve.main",
         python: str = sys.executable,
         env: Mapping[str, str] | None = None,
         timeout_s: float = 60.0,
@@ -58,7 +59,7 @@ class Server:
         self._command = [
             python,
             "-m",
-            "cdm_serve.main",
+            module,
             "--host",
             "127.0.0.1",
             "--port",
@@ -69,14 +70,22 @@ class Server:
             name: value for name, value in os.environ.items() if not name.upper().startswith("CDM_SERVE_")
         }
         self._env = {**kept, **(env or {})}
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
+        self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
         self._process: subprocess.Popen[bytes] | None = None
         self.started = 0.0
+        self.exit_code: int | None = None
+        self.log = ""
+
+    @property
+    def pid(self) -> int:
+        """The running process's."""
+        assert self._process is not None
+        return self._process.pid
 
     def __enter__(self) -> Self:
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
-            self._command, env=self._env, stdout=self._log, stderr=subprocess.STDOUT
+            self._command, env=self._env, stdout=self._output, stderr=subprocess.STDOUT
         )
         try:
             if self.wait_ready:
@@ -97,7 +106,9 @@ class Server:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._log.close()
+            self.exit_code = process.returncode
+        self.log = self._read()
+        self._output.close()
 
     def fetch(self, path: str, body: bytes | None = None) -> bytes:
         """GET `path`, or POST `body` as JSON, again and again until it is answered with 200.
@@ -110,7 +121,7 @@ class Server:
         while (left := self.started + self.timeout_s - time.perf_counter()) > 0:
             if self._process.poll() is not None:
                 raise ServerError(
-                    f"cdm-serve ended with exit code {self._process.returncode}: {self._printed()}"
+                    f"the server ended with exit code {self._process.returncode}: {self._printed()}"
                 )
             try:
                 with _DIRECT.open(request, timeout=left) as response:
@@ -126,5 +137,8 @@ class Server:
         raise ServerError(f"{path} was not answered within {self.timeout_s:g} s: {self._printed()}")
 
     def _printed(self) -> str:
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace")[-2000:].strip()
+        return self._read()[-2000:].strip()
+
+    def _read(self) -> str:
+        self._output.seek(0)
+        return self._output.read().decode(errors="replace")

@@ -11,12 +11,14 @@ embeddings (every text is encoded), clients that leave or try again. Real latenc
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from benchmarks.cost_tables import built_in, cost_model, find_costs, save_costs
@@ -33,10 +35,10 @@ from benchmarks.load import (
     rates_of,
     span,
 )
-from benchmarks.outcomes import codes, mean_size, summary
+from benchmarks.outcomes import KNEE, codes, in_time, knees, mean_size, summary
 from benchmarks.plots import plot_sweep
 from benchmarks.report import show
-from benchmarks.virtual import Fleet
+from benchmarks.virtual import Fleet, Stay
 from cdm_serve.baselines import POLICIES
 from cdm_serve.costs import CostModel
 from engines.call_costs import CostTable
@@ -102,6 +104,8 @@ def run(settings: SimulateSettings) -> int:
         rows,
         costs={"name": table.name, "source": table.source},
         details=details,
+        knees=knees(details),
+        knee_share=KNEE,
         predicted_capacity=round(predicted, 3),
         unloaded_ms=round(unloaded * 1e3, 3),
         steps=mix.steps,
@@ -149,9 +153,27 @@ def simulate(job: _Job) -> dict[str, Any]:
         "details": {
             **which,
             "not_served": codes(outcomes),
+            "in_time": in_time(outcomes, job.slos),
+            **promises([stay for stay in run.stays if stay.arrival >= warmup]),
             "batches": {stage: dict(sorted(sizes.items())) for stage, sizes in run.batches.items()},
             "warmup": summary(
                 [outcome for outcome in run.outcomes if outcome.at < warmup], warmup or 1.0, job.slos
             ),
         },
+    }
+
+
+def promises(stays: Sequence[Stay]) -> dict[str, Any]:
+    """What became of accepted deadlines: the share that broke, and how long pictures took by what was predicted.
+
+    Real over predicted stays by quantile: 1 at all of them would be a perfect prediction, above 1 is an optimistic one.
+    """
+    if not stays:
+        return {}
+    ratios = [stay.real / stay.predicted for stay in stays]
+    quantiles = np.quantile(ratios, [0.05, 0.5, 0.95, 0.99])
+    return {
+        "deadlines_accepted": len(stays),
+        "deadlines_broken": round(sum(stay.real > stay.deadline for stay in stays) / len(stays), 5),
+        "real_by_predicted": dict(zip(("p5", "p50", "p95", "p99"), quantiles.round(3).tolist(), strict=True)),
     }

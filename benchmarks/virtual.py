@@ -36,6 +36,18 @@ class Run:
     busy: float
     lanes: int
     """Lanes of all replicas together: what `busy` can be at most, per second."""
+    stays: list[Stay]
+    """Of pictures with a deadline that were served, in order of their ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """Seconds in the system of a picture with a deadline: as predicted when it was accepted, really, at most wished."""
+
+    arrival: float
+    predicted: float
+    real: float
+    deadline: float
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +94,8 @@ class Fleet:
         self._route = ROUTERS[router](len(self._replicas), np.random.default_rng([seed, 2]))
         self._backlog = np.zeros(len(self._replicas))
         self._tasks: dict[int, Task] = {}
+        self._predicted: dict[int, float] = {}
+        self._stays: list[Stay] = []
         self._ends: list[_End] = []
         self._batches: dict[Stage, Counter[int]] = {stage: Counter() for stage in STAGES}
         self._busy = 0.0
@@ -101,6 +115,10 @@ class Fleet:
                 for id in self._end(replica, call, now):
                     task = self._tasks.pop(id)
                     outcomes[id] = Outcome(task.arrival, "served", now - task.arrival, task.done)
+                    if id in self._predicted:
+                        limit = task.deadline - task.arrival
+                        stay = Stay(task.arrival, self._predicted.pop(id), now - task.arrival, limit)
+                        self._stays.append(stay)
             while at < len(trace) and trace[at].at == now:
                 replica = self._replicas[self._route(self._backlog)]
                 if refusal := self._offer(replica, at, trace[at]):
@@ -112,7 +130,8 @@ class Fleet:
                 self._start(replica, now)
         assert not self._tasks, "the engines are idle and pictures wait"
         lanes = len(self._lanes) * len(self._replicas)
-        return Run([outcomes[id] for id in range(len(trace))], self._batches, self._busy, lanes)
+        ordered = [outcomes[id] for id in range(len(trace))]
+        return Run(ordered, self._batches, self._busy, lanes, self._stays)
 
     def _offer(self, replica: _Replica, id: int, arrival: Arrival) -> str | None:
         """Give the picture to `replica`; the server's code for why it was refused, if it was."""
@@ -124,6 +143,8 @@ class Fleet:
         if self._admit and replica.scheduler.excess(task, arrival.at):
             return "deadline_infeasible"
         replica.scheduler.add(task)
+        if deadline < inf:
+            self._predicted[id] = replica.scheduler.predicted(task, arrival.at) - arrival.at
         replica.unfinished += 1
         self._tasks[id] = task
         self._backlog[replica.index] += (

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Match
 
 from cdm_serve import admin_routes, kserve_routes, openai_routes, openai_schemas, pages, routes
 from cdm_serve.costs import CostModel
@@ -33,6 +34,11 @@ EXPOSED_HEADERS = (
     "inference-header-content-length",
 )  # fmt: skip
 """What a page of another site may read of an answer's headers, beyond the few that it always may."""
+
+
+ROUTERS = (
+    routes.router, openai_routes.router, kserve_routes.router, admin_routes.router, pages.router
+)  # fmt: skip
 
 
 def create_app(settings: ServeSettings, *engines: Engine, costs: CostModel | None = None) -> FastAPI:
@@ -83,11 +89,8 @@ def create_app(settings: ServeSettings, *engines: Engine, costs: CostModel | Non
         app.add_middleware(tracing.described)
     app.add_exception_handler(ServeError, _serve_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.include_router(routes.router)
-    app.include_router(openai_routes.router)
-    app.include_router(kserve_routes.router)
-    app.include_router(admin_routes.router)
-    app.include_router(pages.router)
+    for router in ROUTERS:
+        app.include_router(router)
     _show_limits(app, models.default.limits)
     if keys is not None:
         show_keys(app.openapi(), settings.metrics_open)
@@ -106,7 +109,18 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: f"there is no {path}; /docs lists what there is",
         405: f"{request.method} is not allowed for {path}; /docs lists what is",
     }.get(error.status_code, str(error.detail))
-    return http_error_response(error.status_code, message, error.headers, path)
+    headers = error.headers
+    if error.status_code == 405:  # the framework names the methods of the first route of this path only
+        fitting = [
+            route
+            for router in ROUTERS
+            for route in router.routes
+            if route.matches(request.scope)[0] != Match.NONE
+        ]
+        headers = {
+            "allow": ", ".join(sorted({name for route in fitting for name in getattr(route, "methods", ())}))
+        }
+    return http_error_response(error.status_code, message, headers, path)
 
 
 def _show_limits(app: FastAPI, limits: Limits) -> None:

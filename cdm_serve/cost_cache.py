@@ -14,11 +14,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cdm_serve.costs import STAGES, CostModel
+from cdm_serve.costs import STAGES, Bucket, CostModel
 from engines.base import Engine
 from engines.files import write_text_atomically
 
 log = logging.getLogger("cdm_serve.costs")
+
+MOST = 2**16
+"""Pictures in a call; a file that claims more is damaged."""
 
 
 def cost_file(engine: Engine) -> Path | None:
@@ -34,7 +37,7 @@ def read_costs(path: Path, costs: CostModel) -> int:
         rows = [_checked(row) for row in json.loads(path.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         return 0
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         log.warning("%s is not used: %s", path, error)
         return 0
     for stage, bucket, batch, seconds in rows:
@@ -51,10 +54,16 @@ def write_costs(path: Path, costs: CostModel) -> None:
         log.warning("%s could not be written: %s", path, error)
 
 
-def _checked(row: Any) -> tuple[Any, tuple[int, ...], int, float]:
+def _checked(row: Any) -> tuple[Any, Bucket, int, float]:
     stage, bucket, batch, seconds = row
-    if stage not in STAGES or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"{row} is no measurement")
-    if not all(isinstance(side, int) for side in bucket) or not (math.isfinite(seconds) and seconds >= 0):
+    sides = 0 if stage == "encode" else 2  # text has no size
+    if (
+        stage not in STAGES
+        or type(batch) is not int
+        or not 1 <= batch <= MOST
+        or len(bucket) != sides
+        or not all(type(side) is int and side >= 1 for side in bucket)
+        or not (math.isfinite(seconds) and seconds >= 0)
+    ):
         raise ValueError(f"{row} is no measurement")
     return stage, tuple(bucket), batch, float(seconds)

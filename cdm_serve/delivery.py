@@ -19,6 +19,7 @@ from cdm_serve.metrics import ModelMetrics
 from cdm_serve.picture import Picture, Source, Spans
 from cdm_serve.safety import Safety
 from cdm_serve.schemas import FORMATS
+from engines.bundle import Manifest
 
 log = logging.getLogger("cdm_serve.delivery")
 
@@ -51,9 +52,9 @@ class Preview:
 class Delivery:
     """Encodes the pictures of one model. Any thread may call it."""
 
-    def __init__(self, workers: int, model: str, safety: Safety, counts: ModelMetrics) -> None:
+    def __init__(self, workers: int, manifest: Manifest, safety: Safety, counts: ModelMetrics) -> None:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="cdm-image")
-        self._model = model
+        self._manifest = manifest
         self._safety = safety
         self._counts = counts
 
@@ -82,18 +83,25 @@ class Delivery:
 
     def preview(self, order: Order, picture: Picture, pixels: NDArray[np.uint8]) -> Future[Preview]:
         """Encode x̂0 of the step that `picture` has just run."""
-        step = picture.step  # by the time a thread is free it may have run another
-        return self._pool.submit(picture.context.copy().run, self._preview, order, picture, step, pixels)
+        path = picture.path  # by the time a thread is free it may have run another
+        return self._pool.submit(picture.context.copy().run, self._preview, order, picture, path, pixels)
 
-    def parameters(self, order: Order, seed: int, steps: int) -> dict[str, Any]:
-        """What is written into a picture: all it takes to make it again."""
+    def parameters(self, order: Order, picture: Picture, path: tuple[float, ...]) -> dict[str, Any]:
+        """What is written into a picture that went along `path`, the sigma of each step.
+
+        It is all it takes to make it again. One whose steps were changed on its way ("auto", under load) went along no
+        schedule of the bundle, so its sigmas are written too; of a preview, that it is one.
+        """
+        steps = len(path)
+        sigmas = self._manifest.schedules.get(steps, ())
         return {
             "prompt": order.prompt,
-            "seed": seed,
+            "seed": picture.seed,
             "steps": steps,
             "width": order.width,
             "height": order.height,
-            "model": self._model,
+            "model": self._manifest.name,
+            **({} if sigmas[:-1] == path else {"sigmas": path}),
         }
 
     def _encode(
@@ -105,7 +113,7 @@ class Delivery:
     ) -> None:
         started = time.perf_counter()
         try:
-            parameters = self.parameters(order, picture.seed, picture.step)
+            parameters = self.parameters(order, picture, picture.path)
             self._safety.check_picture(pixels, parameters)
             data = encode_image(pixels, order.format, parameters, order.quality) if order.file else b""
         except ServeError as refusal:
@@ -126,14 +134,16 @@ class Delivery:
         kept = pixels if order.pixels else None
         tell(Made(data, picture.seed, order.steps, picture.step, picture.spans, picture.source, kept))
 
-    def _preview(self, order: Order, picture: Picture, step: int, pixels: NDArray[np.uint8]) -> Preview:
+    def _preview(
+        self, order: Order, picture: Picture, path: tuple[float, ...], pixels: NDArray[np.uint8]
+    ) -> Preview:
         started = time.perf_counter()
-        parameters = self.parameters(order, picture.seed, step)
+        parameters = self.parameters(order, picture, path) | {"preview": True}
         self._safety.check_picture(pixels, parameters)
         data = encode_image(pixels, order.format, parameters, order.quality)
         if picture.trail is not None:
             picture.trail.encoded(started, preview=True)
-        return Preview(data, picture.seed, step)
+        return Preview(data, picture.seed, len(path))
 
 
 def _end(picture: Picture, error: Exception | None = None) -> None:

@@ -10,18 +10,20 @@ import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from cdm_serve import logs
 from cdm_serve.app import create_app
 from cdm_serve.keys import KeyRing
+from cdm_serve.models import Models
 from cdm_serve.protocol import BoundedHttp
 from cdm_serve.settings import ServeSettings, default_bundle
-from engines.base import Engine, load_engine
+from engines.base import load_engine
 from engines.bundle import Bundle, load_bundle
 from engines.cli import UsageError, run_command
 from engines.errors import BundleError
@@ -38,6 +40,7 @@ curl --json '{"prompt": "red apple"}' localhost:8000/generate -o apple.png
 
 # What answering takes after the last picture: uvicorn's own limit must not cut the runner's shorter.
 ANSWER_S = 5
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,39 +57,47 @@ def serve(settings: ServeSettings) -> int:
     """
     logs.configure(settings.log_format, settings.log_level, settings.log_prompts)
     with listen(settings.host, settings.port) as listener:
-        engines: list[Engine] = []
-        try:
-            with opened_bundles(settings) as bundles:
-                for bundle in bundles:
-                    engines.append(load_engine(bundle, settings.engine_options()))
-            app = create_app(settings, *engines)
-            info = engines[0].info
-            where = f"{info.device} ({info.runtime} {info.precision})"
-            names = ", ".join(engine.manifest.name for engine in engines)
-            log.info("serving %s on %s at http://%s", names, where, _address(listener))
-            if settings.keys is None and not _is_loopback(listener):
-                log.warning(
-                    "whoever reaches --host=%s may use%s this server; let it ask for a key with --keys",
-                    settings.host,
-                    " and administer" if settings.admin_open else "",
-                )
-            config = uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                http=BoundedHttp,
-                limit_concurrency=settings.max_connections,
-                timeout_graceful_shutdown=int(settings.drain_timeout_s) + ANSWER_S,
+        app = open_app(settings)
+        models: Models = app.state.models
+        info = models.default.engine.info
+        where = f"{info.device} ({info.runtime} {info.precision})"
+        names = ", ".join(service.name for service in models.services)
+        log.info("serving %s on %s at http://%s", names, where, _address(listener))
+        if settings.keys is None and not _is_loopback(listener):
+            log.warning(
+                "whoever reaches --host=%s may use%s this server; let it ask for a key with --keys",
+                settings.host,
+                " and administer" if settings.admin_open else "",
             )
-            server = Server(config, on_exit=app.state.models.drain_soon)
-            # By SystemExit some versions of uvicorn end a start that failed.
-            with read_again_on_hangup(app.state.keys), suppress(SystemExit):
-                server.run(sockets=[listener])
-        finally:
-            for engine in engines:
-                engine.close()
-    return 0 if server.started else 1  # uvicorn has logged why the app could not start
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            http=BoundedHttp,
+            limit_concurrency=settings.max_connections,
+            timeout_graceful_shutdown=int(settings.drain_timeout_s) + ANSWER_S,
+        )
+        server = Server(config, on_exit=models.drain_soon, on_force=models.give_up_soon)
+        # By SystemExit some versions of uvicorn end a start that failed.
+        with read_again_on_hangup(app.state.keys), suppress(SystemExit):
+            server.run(sockets=[listener])
+    if server.force_exit:
+        return INTERRUPTED
+    return 0 if server.started and models.ended else 1  # uvicorn has logged why the app could not start
+
+
+def open_app(settings: ServeSettings) -> FastAPI:
+    """The app around the engines of every bundle that is to be served; it closes them, or this does where it fails."""
+    with ExitStack() as opened:
+        engines = []
+        with opened_bundles(settings) as bundles:
+            for bundle in bundles:
+                engines.append(load_engine(bundle, settings.engine_options()))
+                opened.callback(engines[-1].close)
+        app = create_app(settings, *engines)
+        opened.pop_all()
+    return app
 
 
 def _address(listener: socket.socket) -> str:
@@ -119,13 +130,18 @@ def read_again_on_hangup(keys: KeyRing | None) -> Iterator[None]:
 class Server(uvicorn.Server):
     """uvicorn, which tells us of a signal at once and ends with our exit code rather than by that signal."""
 
-    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, on_exit: Callable[[], None], on_force: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self._on_exit = on_exit
+        self._on_force = on_force
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. A second Ctrl-C: leave now."""
         if self.should_exit and sig == signal.SIGINT:
+            if self.started and not self.force_exit:
+                self._on_force()
             self.force_exit = True
         elif not self.should_exit:
             self.should_exit = True

@@ -128,8 +128,13 @@ class Models:
     @property
     def unavailable(self) -> str | None:
         """Why no request can be served now, if none can."""
-        failures = [service.runner.failure for service in self._served.values() if service.runner.failure]
+        failures = [reason for service in self._served.values() if (reason := service.broken)]
         return STOPPING if self.draining else failures[0] if failures else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether no engine is in a call, or will be."""
+        return all(service.runner.ended for service in (*self._served.values(), *self._leaving))
 
     def statuses(self) -> list[Status]:
         """Every model that is served, comes or goes."""
@@ -150,6 +155,11 @@ class Models:
     def drain_soon(self) -> None:
         """`drain`, from a signal handler or another thread: it must not fall between a check and a submit."""
         self._loop.call_soon_threadsafe(self.drain)
+
+    def give_up_soon(self) -> None:
+        """Answer everybody who waits `Unavailable`, from a signal handler."""
+        for service in (*self._served.values(), *self._leaving):
+            self._loop.call_soon_threadsafe(service.give_up)
 
     async def load(self, folder: Path) -> Service:
         """Serve the bundle in `folder`, once it is warm; until then, and if that fails, nothing changes.
@@ -209,6 +219,9 @@ class Models:
             engine = load_engine(load_bundle(folder), self.settings.engine_options())
         except (BundleError, RuntimeUnavailable) as error:
             raise InvalidRequest(str(error), param="bundle") from error
+        except Exception as error:  # whatever a runtime says of a graph that it cannot read
+            log.exception("the bundle in %s could not be loaded", folder)
+            raise LoadFailed(f"the runtime cannot load the bundle in {folder}: {error}") from error
         try:
             return self._service(engine)
         except BundleError as error:
@@ -230,7 +243,8 @@ class Models:
 
     async def _end(self, service: Service) -> None:
         await service.__aexit__()
-        await asyncio.to_thread(service.engine.close)
+        if service.runner.ended:  # else it is in a call
+            await asyncio.to_thread(service.engine.close)
 
 
 def _state(service: Service) -> str:

@@ -32,7 +32,7 @@ IMAGES_DOCS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "{created, data: [{b64_json, seed, steps}], background, output_format, quality, size, usage}; "
         "with stream, events: `image_generation.partial_image`, then `image_generation.completed`, or `error`",
-        "content": {"application/json": {}, MEDIA_TYPE: {"schema": {"type": "string"}}},
+        "content": {"application/json": {}, MEDIA_TYPE: {}},
     },
     **{status: docs for status, docs in ERROR_DOCS.items() if status != 422},
     400: {

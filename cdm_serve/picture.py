@@ -27,16 +27,20 @@ Source = Literal["made", "shared", "kept"]
 
 @dataclass(slots=True)
 class Spans:
-    """Where one picture's time went: seconds of real spans. `denoise` is the sum of its steps' spans."""
+    """Where one picture's time went: seconds of real spans. `denoise` is the sum of its steps', `preview` of its
+    previews' decoding, `queue` of its waiting, before its first call and between its calls."""
 
+    others: float = 0.0
+    """Of `queue`: while the engine was in calls of others."""
     queue: float = 0.0
     encode: float = 0.0
     denoise: float = 0.0
+    preview: float = 0.0
     decode: float = 0.0
     image_encode: float = 0.0
 
 
-STAGES = tuple(Spans.__dataclass_fields__)
+STAGES = tuple(name for name in Spans.__dataclass_fields__ if name != "others")
 
 
 @dataclass(eq=False, slots=True)
@@ -71,8 +75,18 @@ class Picture:
     conditioning: Conditioning = field(default=None, init=False)
     sample: Sample = field(default=None, init=False)
     estimate: Sample = field(default=None, init=False)  # x̂0 after its last step
-    step: int = field(default=0, init=False)  # steps really run
+    path: tuple[float, ...] = field(default=(), init=False)  # the sigma of each
+    waiting: float = field(init=False)  # since when it waits for its next call
+    mark: float = field(default=0.0, init=False)  # what the engine's calls had taken by then
     compute: float = field(default=0.0, init=False)  # its share of every step's span
+
+    def __post_init__(self) -> None:
+        self.waiting = self.arrival
+
+    @property
+    def step(self) -> int:
+        """Steps really run."""
+        return len(self.path)
 
     @property
     def preview_due(self) -> bool:

@@ -53,8 +53,7 @@ GENERATE_DOCS: dict[int | str, dict[str, Any]] = {
         "description": "The picture itself, or JSON with all of them. With stream, events: `preview` {step, steps, "
         "seed, b64_json} after steps before the last, then `picture` {b64_json, seed, steps, planned_steps, "
         "timings_ms}; or, where it fails after it began, `error` with the body that the answer would have had",
-        "content": {media: {} for media in (*MEDIA_TYPES.values(), "application/json")}
-        | {MEDIA_TYPE: {"schema": {"type": "string"}}},
+        "content": {media: {} for media in (*MEDIA_TYPES.values(), "application/json")} | {MEDIA_TYPE: {}},
     },
     **ERROR_DOCS,
 }
@@ -95,6 +94,7 @@ async def info(
         | {"precision": engine.precision, "max_batch": engine.max_batch},
         "steps": list(limits.steps),
         "default_steps": limits.default_steps,
+        "auto_deadline_ms": limits.auto_deadline_ms,
         "sizes": [{"width": width, "height": height} for width, height in limits.sizes],
         "default_size": dict(zip(("width", "height"), limits.default_size, strict=True)),
         "max_images": limits.max_images,
@@ -111,13 +111,8 @@ async def livez(request: Request) -> str:
     """200 while the process can make pictures or will; 503 when only a restart helps."""
     models: Models = request.app.state.models
     for service in models.services:
-        if service.runner.failure:
-            raise Unavailable(service.runner.failure)
-        if (stuck := service.runner.stuck_for()) > models.settings.stuck_s:
-            raise Unavailable(
-                f"an engine call of {service.name!r} has been running for {stuck:.0f} s, longer than "
-                f"--stuck-s={models.settings.stuck_s:g}; the server must be restarted"
-            )
+        if reason := service.broken:
+            raise Unavailable(reason)
     return "alive\n"
 
 
@@ -221,8 +216,12 @@ def made_headers(order: Order, made: Sequence[Made], timings: dict[str, float]) 
 
 
 def spent(request: Request, made: Sequence[Made]) -> dict[str, float]:
-    """Stage → the longest time that one of the pictures took there, in ms (they ran side by side); total: till now."""
-    longest = {stage: _ms(max(getattr(image.spans, stage) for image in made)) for stage in STAGES}
+    """Stage → the longest time that one of the pictures took there, in ms (they ran side by side); total: till now.
+
+    `others` is part of `queue`: while the engine was in calls of others.
+    """
+    stages = ("others", *STAGES)
+    longest = {stage: _ms(max(getattr(image.spans, stage) for image in made)) for stage in stages}
     return {**longest, "total": _since_start(request)}
 
 

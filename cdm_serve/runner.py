@@ -57,6 +57,8 @@ class Runner:
         self._edge = threading.Condition()
         self._stop_at: float | None = None
         self._calls: dict[Call, float] = {}
+        self._busy = 0.0  # what the calls that have ended took
+        self._warming: float | None = None  # when the running warm-up call began
         self._cancelled: dict[int, Picture] = {}
         lanes = OVERLAPPED if stages.engine.info.overlap else (STAGES,)
         self._threads = [
@@ -96,6 +98,7 @@ class Runner:
                         'try again then, allow more time, or let it take fewer steps ("auto")',
                         retry_after_s=excess,
                     )
+                picture.mark = self._busy_by(now)
                 self._scheduler.add(task)
                 added.append(picture.id)
             self._pictures.update((picture.id, picture) for picture in pictures)
@@ -126,15 +129,32 @@ class Runner:
             self._stop_at = time.perf_counter() + drain_s
             self._edge.notify_all()
 
-    def join(self) -> None:
-        """Wait until the threads have ended."""
+    def abandon(self) -> None:
+        """Answer `Unavailable` to all pictures that are still there: an engine call does not return."""
+        with self._edge:
+            left = list(self._pictures.values())
+        self._fail(left, Unavailable(OUT_OF_TIME))
+
+    def join(self, late_s: float | None = None) -> bool:
+        """Wait until the threads have ended, with `late_s` at most so long beyond `stop`'s time; whether they have."""
         for thread in self._threads:
-            thread.join()
+            if late_s is None:
+                thread.join()
+            else:
+                assert self._stop_at is not None
+                thread.join(max(0.0, self._stop_at + late_s - time.perf_counter()))
+        return self.ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether none of its threads is in the engine, or will be."""
+        return not any(thread.is_alive() for thread in self._threads)
 
     def stuck_for(self) -> float:
-        """Seconds that the longest of the running engine calls has taken so far."""
+        """Seconds that the longest of the running engine calls, those of the warm-up too, has taken so far."""
         now = time.perf_counter()
-        return max((now - started for started in list(self._calls.values())), default=0.0)
+        warming = self._warming
+        return now - min([*list(self._calls.values()), now if warming is None else warming])
 
     # What only its own threads call.
 
@@ -143,15 +163,21 @@ class Runner:
             if "denoise" in stages:
                 self._warm_up()
             else:
-                self.ready.wait()
+                with self._edge:
+                    self._edge.wait_for(
+                        lambda: self.ready.is_set() or self.failure or self._stop_at is not None
+                    )
             while work := self._next(stages, wait=True):
                 self._do(*work)
-        except Exception as error:
+        except (
+            BaseException
+        ) as error:  # a native library's panic is no Exception, and nobody else would hear of it
             log.exception("the runner stopped working")
             with self._edge:
-                self.failure = f"the engine stopped working: {error}; the server must be restarted"
+                self.failure = f"the engine stopped working: {said(error)}; the server must be restarted"
                 self._edge.notify_all()
-            self._fail(list(self._pictures.values()), Unavailable(self.failure))
+                left = list(self._pictures.values())
+            self._fail(left, Unavailable(self.failure))
 
     def _next(self, stages: tuple[Stage, ...], wait: bool) -> tuple[Call, list[Picture]] | None:
         """The next call for this lane and who is in it.
@@ -179,15 +205,21 @@ class Runner:
             self._fail(late, Unavailable(OUT_OF_TIME))
 
     def _begin(self, call: Call, now: float) -> list[Picture]:
-        self._calls[call] = now
         members = [self._pictures[id] for id in call.ids]
+        busy = self._busy_by(now)
+        self._calls[call] = now
         for picture in members:
+            picture.spans.queue += now - picture.waiting
+            picture.spans.others += busy - picture.mark
             if not picture.started:
                 picture.started = True
-                picture.spans.queue = now - picture.arrival
                 self._metrics.queue_depth.dec()
                 self._metrics.queue_time.observe(picture.spans.queue)
         return members
+
+    def _busy_by(self, now: float) -> float:
+        """Seconds that the engine has been in calls. (Those of lanes that overlap count one by one.)"""
+        return self._busy + sum(now - began for began in self._calls.values())
 
     def _do(self, call: Call, members: list[Picture]) -> None:
         images: list[NDArray[np.uint8]] = []
@@ -197,8 +229,9 @@ class Runner:
             with self._turns:
                 waited = time.perf_counter() - asked
                 images = self._stages.run(call, members)
-            for picture in members:
+            for picture in members:  # another model's call is one of others as well
                 picture.spans.queue += waited
+                picture.spans.others += waited
         except Exception as error:
             failed = _failed(call.stage, error, members)
         if failed is not None:
@@ -206,11 +239,14 @@ class Runner:
         elif call.stage == "denoise":
             self._preview(call, [picture for picture in members if picture.preview_due])
         with self._edge:
-            del self._calls[call]
+            now = time.perf_counter()
+            self._busy += now - self._calls.pop(call)
+            busy = self._busy_by(now)
             for picture in members:
+                picture.waiting, picture.mark = now, busy
                 if self._cancelled.pop(picture.id, None) is not None:
                     self._drop(picture)
-            finished = set(self._scheduler.postprocess(call, time.perf_counter()))
+            finished = set(self._scheduler.postprocess(call, now))
             leaving = [
                 (picture, image)
                 for picture, image in zip(members, images, strict=False)
@@ -270,13 +306,17 @@ class Runner:
         for done, (stage, bucket, batch) in enumerate(calls):
             self.warmed = (done, len(calls))
             with self._turns:
+                self._warming = time.perf_counter()
                 self._stages.warm_up(stage, bucket, batch)
+                self._warming = None
             while work := self._next(STAGES, wait=False):
                 self._do(*work)
             if self._stop_at is not None:
                 return
         self.warmed = (len(calls), len(calls))
-        self.ready.set()
+        with self._edge:
+            self.ready.set()
+            self._edge.notify_all()
         self._on_ready()
 
 
@@ -284,9 +324,14 @@ def _failed(stage: str, error: Exception, pictures: Sequence[Picture]) -> Genera
     expected = isinstance(error, ExecutionError)
     ids = list(dict.fromkeys(picture.context.get(REQUEST_ID, "") for picture in pictures))
     log.error(
-        "the engine failed to %s: %s (request_ids=%s)", stage, error, ",".join(ids),
+        "the engine failed to %s: %s (request_ids=%s)", stage, said(error), ",".join(ids),
         exc_info=None if expected else error, extra={"fields": {"request_ids": ids}},
     )  # fmt: skip
     return GenerationFailed(
-        f"the engine failed to {stage} this picture's batch: {error}; the request can be sent again"
+        f"the engine failed to {stage} this picture's batch: {said(error)}; the request can be sent again"
     )
+
+
+def said(error: BaseException) -> str:
+    """An error's message; its kind where it has none, as a MemoryError."""
+    return str(error) or type(error).__name__

@@ -12,9 +12,11 @@ The policy, at every edge between two engine calls:
    Among equals the earliest deadline that can still be met, then those whose deadline is lost or who have none,
    oldest first.
 2. Elastic steps. Pictures that allow fewer steps get the largest common cap under which the most deadlines are met.
-3. What is one decoding away from being finished goes first, unless the leader would miss its deadline by that.
+3. What is one decoding away from being finished goes first, unless the leader would miss its deadline by that, or a
+   later call together with those who will be ready then saves everybody more time than it costs.
 4. The leader's step takes along pictures of its shape at any step of any schedule, newcomers too (their text is
-   encoded first), while the cost model says that it pays and no member's deadline breaks by it.
+   encoded first), while the cost model says that it pays for all who wait. One place of a full call goes to the first
+   who has no deadline to meet, in the place of somebody whose own can wait for the next call.
 """
 
 from __future__ import annotations
@@ -22,12 +24,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import inf
 
-from cdm_serve.costs import STAGES, TEXT, CostModel, Stage
+from cdm_serve.costs import STAGES, TEXT, Bucket, CostModel, Stage
+from cdm_serve.forecast import Forecast
 from cdm_serve.tasks import Call, Task
-
-BROKEN = 0.02
-"""The share of deadlines that predictions may break: fewer would refuse what could have been served."""
-LEARN = 0.05
 
 
 class Scheduler:
@@ -40,9 +39,9 @@ class Scheduler:
         self.max_batch = max_batch
         self.aging_s = aging_s
         self._tasks: dict[int, Task] = {}
-        self._batch = 1
+        self._forecast = Forecast(costs, max_batch)
         self._busy_until = 0.0
-        self._stretch = 1.0
+        self._cap = 1
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -64,15 +63,9 @@ class Scheduler:
 
     def schedule(self, now: float, stages: Iterable[Stage] = STAGES) -> Call | None:
         """The next call among `stages`, or None when there is nothing for them. Its members run until `postprocess`."""
-        waiting = [task for task in self._tasks.values() if task.arrival <= now]
-        if not waiting:
-            return None
-        self._pace(now)
-        order = sorted(waiting, key=lambda task: self._rank(task, now))
+        order = self._order(now, [task for task in self._tasks.values() if task.arrival <= now])
         self._plan(order, now)
-        allowed = frozenset(stages)
-        ready = [task for task in order if not task.running]
-        members = self._members(ready, allowed, now)
+        members = self._members([task for task in order if not task.running], frozenset(stages), now)
         if not members:
             return None
         for task in members:
@@ -97,7 +90,8 @@ class Scheduler:
             else:
                 del self._tasks[id]
                 finished.append(id)
-                self._learn(task, now)
+                if task.deadline < inf:
+                    self._forecast.learn(late=now > task.deadline)
         return tuple(finished)
 
     def excess(self, task: Task, now: float) -> float:
@@ -108,88 +102,75 @@ class Scheduler:
         task.planned = task.steps
         if task.deadline == inf:
             return 0.0
-        self._pace(now)
-        before = sorted(self._tasks.values(), key=lambda other: self._rank(other, now))
-        order = sorted([*before, task], key=lambda other: self._rank(other, now))
-        held, holding = (self._finishes(tasks, now, cap=1) for tasks in (before, order))
-        missed = [holding[task.id] - task.deadline]
-        missed += [holding[other.id] - other.deadline for other in before if held[other.id] <= other.deadline]
+        order = self._order(now, [*self._tasks.values(), task], others=1)
+        place = order.index(task)
+        with_it = self._finishes(order, now)
+        missed = [with_it[place] - task.deadline]
+        del order[place]
+        for other, without, finish in zip(
+            order[place:], self._finishes(order, now)[place:], with_it[place + 1 :], strict=True
+        ):
+            if without <= other.deadline:
+                missed.append(finish - other.deadline)
         return max(0.0, *missed)
 
-    def _learn(self, task: Task, now: float) -> None:
-        """Let predictions grow when deadlines break, and shrink when they hold, until `BROKEN` of them break."""
-        if task.deadline < inf:
-            self._stretch = max(1.0, self._stretch + LEARN * ((now > task.deadline) - BROKEN))
+    def predicted(self, task: Task, now: float) -> float:
+        """When `task`, which is among the accepted, should be finished, everybody in the fewest steps they allow."""
+        order = self._order(now, list(self._tasks.values()))
+        return self._finishes(order, now)[order.index(task)]
 
     def leaving(self, now: float, count: int) -> float:
         """Seconds until `count` of the pictures should be finished, everybody at its present plan."""
-        self._pace(now)
-        order = sorted(self._tasks.values(), key=lambda task: self._rank(task, now))
-        finishes = sorted(
-            self._finishes(order, now, cap=max((task.planned for task in order), default=1)).values()
-        )
+        order = self._order(now, list(self._tasks.values()))
+        finishes = sorted(self._finishes(order, now, max((task.planned for task in order), default=1)))
         return max(0.0, finishes[min(count, len(finishes)) - 1] - now) if finishes else 0.0
 
     # The parts of the policy.
 
-    def _pace(self, now: float) -> None:
-        arrived = sum(task.arrival <= now for task in self._tasks.values())
-        self._batch = max(1, min(arrived, self.max_batch))
+    def _order(self, now: float, tasks: list[Task], others: int = 0) -> list[Task]:
+        """First in order first; `others` of them are not here yet."""
+        self._forecast.look(len(tasks) - others, sum(task.planned for task in tasks))
+        least, aging = self._forecast.least, self.aging_s
+        ranked = []
+        for task in tasks:
+            live, due = False, task.deadline
+            if due < inf:
+                task.least = least(task)
+                live = now + task.least <= due
+            task.live = live
+            task.level = level = task.priority + int((now - task.arrival) // aging)
+            ranked.append((-level, not live, due if live else 0.0, task.arrival, task.id, task))
+        ranked.sort()
+        return [rank[-1] for rank in ranked]
 
-    def _rank(self, task: Task, now: float) -> tuple[float, bool, float, float, int]:
-        aged = task.priority + (now - task.arrival) // self.aging_s
-        lost = task.deadline == inf or now + self._least(task) > task.deadline
-        return (-aged, lost, 0.0 if lost else task.deadline, task.arrival, task.id)
-
-    def _least(self, task: Task) -> float:
-        """Seconds until the picture is finished if it is in every call from now on, in as few steps as it allows."""
-        steps = task.capped(1) - task.done
-        encode = 0.0 if task.encoded else self.costs.seconds("encode", TEXT, 1)
-        step = self.costs.seconds("denoise", task.bucket, self._batch)
-        return encode + steps * step + self.costs.seconds("decode", task.bucket, 1)
+    def _finishes(self, order: list[Task], now: float, cap: int = 1) -> list[float]:
+        busy = max(0.0, self._busy_until - now)
+        forecast = self._forecast
+        return [now + seconds for seconds in forecast.finishes(forecast.rows(order), busy, cap)]
 
     def _plan(self, order: list[Task], now: float) -> None:
         """Give every elastic picture its steps: the largest common cap under which the most deadlines are met."""
         elastic = [task for task in order if task.min_steps is not None]
         if not elastic:
             return
-        cap = best = max(task.steps for task in elastic)
-        wanted = sum(now + self._least(task) <= task.deadline < inf for task in order)
-        met = self._met(order, now, cap)
-        while met < wanted and cap > 1:
-            cap -= 1
-            if (held := self._met(order, now, cap)) > met:
-                met, best = held, cap
+        busy = max(0.0, self._busy_until - now)
+        top = max(task.steps for task in elastic)
+        self._cap = self._forecast.cap(self._forecast.rows(order), now, busy, self._cap, top)
         for task in elastic:
-            if not task.running:
-                task.planned = task.capped(best)
-
-    def _met(self, order: list[Task], now: float, cap: int) -> int:
-        finishes = self._finishes(order, now, cap)
-        return sum(finishes[task.id] <= task.deadline < inf for task in order)
-
-    def _finishes(self, order: list[Task], now: float, cap: int) -> dict[int, float]:
-        """When each should be finished under `cap`: served in order at full batches, and at best at its own pace."""
-        busy = max(0.0, self._busy_until - now)  # the call that runs has to end first
-        finishes, ahead = {}, busy
-        for task in order:
-            steps = (task.planned if task.running else task.capped(cap)) - task.done
-            steps -= task.running and task.stage == "denoise"  # that step is the running call
-            ahead += steps * self.costs.each("denoise", task.bucket, self.max_batch)
-            ahead += self.costs.each("decode", task.bucket, self.max_batch)
-            if not task.encoded:
-                ahead += self.costs.each("encode", TEXT, self.max_batch)
-            own = steps * self.costs.seconds("denoise", task.bucket, self._batch)
-            own += self.costs.seconds("decode", task.bucket, 1)
-            finishes[task.id] = now + self._stretch * max(ahead, busy + own)
-        return finishes
+            if not task.running and task.left:
+                task.planned = max(min(self._cap, task.steps), task.done + task.fewest)
 
     def _members(self, ready: list[Task], allowed: frozenset[Stage], now: float) -> list[Task]:
-        decodable = [task for task in ready if task.stage == "decode"] if "decode" in allowed else []
-        working = [task for task in ready if task.stage in allowed and task.stage != "decode"]
+        decodable: list[Task] = []
+        working: list[Task] = []
+        for task in ready:
+            if (stage := task.stage) in allowed:
+                (decodable if stage == "decode" else working).append(task)
         if decodable:
             group = self._fill("decode", decodable, now)
-            if not working or not (self._urgent(working[0], group, now) or self._held(group, working, now)):
+            if not working or not (
+                self._urgent(working[0], group, now) or self._held(decodable, working, now)
+            ):
                 return group
         if not working:
             return []
@@ -197,46 +178,70 @@ class Scheduler:
         if all(task.encoded for task in group):
             return group
         # Others' texts come along where that is cheaper than a call of their own later.
-        newcomers = [task for task in (*group, *(t for t in working if t not in group)) if not task.encoded]
-        return newcomers[: self.costs.best_batch("encode", TEXT, len(newcomers), self.max_batch)]
+        chosen = {task.id for task in group}
+        newcomers = [task for task in group if not task.encoded]
+        newcomers += [task for task in working if not task.encoded and task.id not in chosen]
+        return newcomers[: self._best("encode", TEXT, len(newcomers))]
 
     def _urgent(self, leader: Task, group: list[Task], now: float) -> bool:
         """Would `leader` miss a deadline that it can meet, because `group` is decoded first?"""
-        finish = now + self._least(leader)
-        delay = self.costs.seconds("decode", group[0].bucket, len(group))
-        return finish <= leader.deadline < finish + delay
+        if not leader.live or leader.level < group[0].level:
+            return False
+        return (
+            now + leader.least + self.costs.seconds("decode", group[0].bucket, len(group)) > leader.deadline
+        )
 
-    def _held(self, group: list[Task], working: list[Task], now: float) -> bool:
-        """Is it better to decode `group` some steps later, together with those who will then be ready?
+    def _held(self, decodable: list[Task], working: list[Task], now: float) -> bool:
+        """Is it better to decode some steps later, together with those who will then be ready?
 
-        One call in the place of two saves time for everybody in the system; the price is the group's waiting.
+        One call in the place of two saves time for everybody in the system; the price is the waiting of those who are
+        ready. Only the leader's step brings others there, so a group of another shape is not held.
         """
-        bucket = group[0].bucket
-        mates = [task for task in working if task.bucket == bucket and task.encoded][: self.max_batch]
+        bucket = decodable[0].bucket
+        group = [task for task in decodable if task.bucket == bucket]
+        if (
+            len(group) >= self.max_batch
+            or working[0].bucket != bucket
+            or working[0].level < decodable[0].level
+        ):
+            return False
+        mates = sorted(task.left for task in self._alike(working) if task.encoded)
         step = self.costs.seconds("denoise", bucket, max(1, len(mates)))
         decode = self.costs.seconds("decode", bucket, len(group))
+        slack = min((task.deadline - now for task in group if task.live), default=inf)
         others = len(self._tasks) - len(group)
-        for steps in sorted({task.left for task in mates}):
-            joining = sum(task.left <= steps for task in mates)
+        for joining, left in enumerate(mates[: self.max_batch - len(group)], start=1):
             together = self.costs.seconds("decode", bucket, len(group) + joining)
             saved = decode + self.costs.seconds("decode", bucket, joining) - together
-            wait = steps * step
-            late = any(now + decode <= task.deadline < now + wait + together for task in group)
-            if len(group) + joining <= self.max_batch and not late and others * saved > len(group) * wait:
+            wait = left * step
+            if wait + together <= slack and others * saved > len(group) * wait:
                 return True
         return False
+
+    def _alike(self, candidates: list[Task]) -> list[Task]:
+        """The first candidate and those of its shape, as many as a call can take."""
+        bucket = candidates[0].bucket
+        return [task for task in candidates if task.bucket == bucket][: self.max_batch]
 
     def _fill(self, stage: Stage, candidates: list[Task], now: float) -> list[Task]:
         """The first candidate and those of its shape that share its call, first in order first."""
         bucket = candidates[0].bucket
         group = [task for task in candidates if task.bucket == bucket]
-        batch = self.costs.best_batch(stage, bucket, len(group), self.max_batch)
-        single = self.costs.seconds(stage, bucket, 1)
-        while batch > 1:
-            longer = self.costs.seconds(stage, bucket, batch) - single
-            # Whose deadline is lost already breaks nothing.
-            finishes = [(now + self._least(task), task.deadline) for task in group[:batch]]
-            if not any(finish <= deadline < finish + longer for finish, deadline in finishes):
-                break
-            batch -= 1
+        batch = self._best(stage, bucket, len(group))
+        if 1 < batch < len(group):
+            self._share(group, batch, now + self.costs.seconds(stage, bucket, batch))
         return group[:batch]
+
+    def _best(self, stage: Stage, bucket: Bucket, ready: int) -> int:
+        """The batch for `ready` pictures. Whoever is in the system waits for the engine, wherever it stands."""
+        return self.costs.best_batch(stage, bucket, len(self._tasks), min(ready, self.max_batch))
+
+    def _share(self, group: list[Task], batch: int, end: float) -> None:
+        """Let the first without a deadline to meet into a full call that has none such, for the last who can wait."""
+        other = next((task for task in group if not task.live), None)
+        if other is None or other in group[:batch]:
+            return
+        for place in range(batch - 1, 0, -1):
+            if group[place].level == other.level and end + group[place].least <= group[place].deadline:
+                group[place] = other
+                return

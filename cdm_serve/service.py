@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cdm_serve.service")
 
+LATE_S = 1.0
+"""Beyond `--drain-timeout-s`: what the engine call that runs then may take to end."""
+
 Reply = Callable[[Picture, "NDArray[np.uint8] | ServeError"], None]
 OnPreview = Callable[[Picture, "NDArray[np.uint8]"], None]
 
@@ -85,7 +88,7 @@ class Service:
         self.draining = False
         self._tracing = tracing
         self._results = Results(settings.result_cache) if settings.result_cache else None
-        self._delivery = Delivery(settings.image_workers, self.name, self.safety, self._counts)
+        self._delivery = Delivery(settings.image_workers, engine.manifest, self.safety, self._counts)
         self._loop: asyncio.AbstractEventLoop
 
     async def __aenter__(self) -> Self:
@@ -96,7 +99,8 @@ class Service:
 
     async def __aexit__(self, *_: object) -> None:
         self.drain()
-        await asyncio.to_thread(self.runner.join)
+        if not await asyncio.to_thread(self.runner.join, LATE_S):
+            log.error("an engine call of %r does not return; stopping without it", self.name)
         self._delivery.close()
         if self.runner.ready.is_set():
             self._keep_costs()
@@ -114,13 +118,21 @@ class Service:
             write_costs(self._cost_file, self.costs)
 
     @property
+    def broken(self) -> str | None:
+        """What only a restart mends, if there is such a thing."""
+        if self.runner.failure:
+            return self.runner.failure
+        if (seconds := self.runner.stuck_for()) > self.settings.stuck_s:
+            return (
+                f"an engine call of {self.name!r} has been running for {seconds:.0f} s, longer than "
+                f"--stuck-s={self.settings.stuck_s:g}; the server must be restarted"
+            )
+        return None
+
+    @property
     def unavailable(self) -> str | None:
         """Why no request can be served now, if none can."""
-        return (
-            "the server is stopping; send the request again elsewhere"
-            if self.draining
-            else self.runner.failure
-        )
+        return "the server is stopping; send the request again elsewhere" if self.draining else self.broken
 
     def drain(self) -> None:
         """Refuse newcomers from now on and let the runner finish what was accepted."""
@@ -128,6 +140,13 @@ class Service:
             self.draining = True
             log.info("stopping: finishing %d pictures", self.permits.in_use)
             self.runner.stop(self.settings.drain_timeout_s)
+            self._loop.call_later(self.settings.drain_timeout_s + LATE_S, self.runner.abandon)
+
+    def give_up(self) -> None:
+        """Answer everybody who waits `Unavailable` now, whatever the engine does."""
+        self.drain()
+        self.runner.stop(0)
+        self.runner.abandon()
 
     async def generate(self, order: Order) -> list[Made]:
         """Make every picture of `order`: `generate_all` of one."""
@@ -240,7 +259,7 @@ class Service:
         reply = picture.reply
 
         def found(pixels: NDArray[np.uint8] | ServeError) -> None:
-            picture.step = steps
+            picture.path = picture.remaining[:-1]
             picture.spans.queue = time.perf_counter() - picture.arrival
             reply(picture, pixels)
 

@@ -19,6 +19,7 @@ from cdm_serve.replan import replan
 from cdm_serve.tasks import Call
 from cdm_serve.tracing import remember
 from engines.base import Conditioning, Engine, Sample, TokenIds
+from engines.errors import ExecutionError
 from engines.noise import noise
 
 T = TypeVar("T")
@@ -93,8 +94,8 @@ class Stages:
         self._metrics.step_seconds.observe(span)
         for picture, sample, estimate in zip(pictures, samples, estimates, strict=True):
             picture.sample, picture.estimate = sample, estimate
+            picture.path += picture.remaining[:1]
             picture.remaining = picture.remaining[1:]
-            picture.step += 1
             picture.spans.denoise += span
             picture.compute += span / len(pictures)
 
@@ -106,7 +107,11 @@ class Stages:
 
     def previews(self, bucket: Bucket, pictures: Sequence[Picture]) -> list[NDArray[np.uint8]]:
         """What `pictures`, of one shape, would be if they ended here: x̂0 of their last step, decoded."""
-        return self._decoded(bucket, pictures, [picture.estimate for picture in pictures], preview=True)[0]
+        estimates = [picture.estimate for picture in pictures]
+        images, span = self._decoded(bucket, pictures, estimates, preview=True)
+        for picture in pictures:
+            picture.spans.preview += span
+        return images
 
     def _decoded(
         self, bucket: Bucket, pictures: Sequence[Picture], samples: list[Sample], preview: bool = False
@@ -114,6 +119,8 @@ class Stages:
         decode = partial(self.engine.decode, samples)
         with self._decoding:  # previews come from the denoising thread
             images, span = self._timed("decode", bucket, len(samples), pictures, decode, preview)
+        if len(images) != len(samples):
+            raise ExecutionError(f"decoding {len(samples)} pictures gave {len(images)}")
         return list(images), span
 
     def warm_up(self, stage: Stage, bucket: Bucket, batch: int) -> None:

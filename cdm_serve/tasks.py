@@ -8,7 +8,7 @@ from math import inf
 from cdm_serve.costs import Bucket, Stage
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Task:
     """One picture, as the policy sees it. Times in seconds; `steps` as asked for.
 
@@ -26,25 +26,33 @@ class Task:
     done: int = field(default=0, init=False)
     planned: int = field(default=0, init=False)
     running: bool = field(default=False, init=False)
+    level: int = field(default=0, init=False)
+    """Its priority and what waiting has added to it, at the last edge."""
+    least: float = field(default=0.0, init=False)
+    """Seconds it needed at the last edge if it were in every call; known only where it has a deadline."""
+    live: bool = field(default=False, init=False)
+    """Whether it had a deadline that could still be met, at the last edge."""
 
     @property
     def stage(self) -> Stage:
         """What it needs next."""
         if not self.encoded:
             return "encode"
-        return "denoise" if self.left else "decode"
+        return "denoise" if self.planned > self.done else "decode"
 
     @property
     def left(self) -> int:
         """Denoising steps still to run under the present plan."""
         return self.planned - self.done
 
-    def capped(self, cap: int) -> int:
-        """Total steps under `cap`. One that has begun needs a last step to σ = 0, unless it was that step."""
-        floor = self.steps if self.min_steps is None else self.min_steps
-        if self.done and self.done == self.planned:
-            return self.planned
-        return max(min(self.steps, cap), floor, self.done + 1)
+    @property
+    def fewest(self) -> int:
+        """The least that `left` can still become. One that has begun needs a last step to σ = 0, unless it had that."""
+        left = self.planned - self.done
+        if self.min_steps is None or self.running or not left:
+            return left
+        fewest = self.min_steps - self.done
+        return fewest if fewest > 1 else 1
 
 
 @dataclass(frozen=True, slots=True)

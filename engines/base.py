@@ -41,8 +41,8 @@ Sample = Any
 class EngineOptions:
     """How to run a bundle. `threads=0` lets the runtime choose; `cache_dir=None` compiles anew at every start.
 
-    `invariant_batch=n` runs every call in groups of exactly n pictures (padded), so that a picture's bytes do not depend
-    on what shares its batch: a runtime sums in another order for another batch size. 0: batches as they come.
+    `invariant_batch=n` runs every call in groups of exactly n pictures (padded), so that a picture's bytes do not
+    depend on what shares its batch: a runtime sums in another order for another batch size. 0: batches as they come.
     """
 
     runtime: str = "auto"

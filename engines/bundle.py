@@ -242,8 +242,10 @@ def load_bundle(root: Path) -> Bundle:
         raise BundleError(f"{root} is not a bundle: cannot read {MANIFEST} ({error.strerror})") from error
     try:
         document = json.loads(raw)
-    except ValueError as error:
-        raise BundleError(f"{manifest_path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{manifest_path} is not valid JSON ({error}); export or download the bundle again"
+        ) from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise BundleError(
@@ -271,13 +273,21 @@ def file_refs(manifest: Manifest) -> list[FileRef]:
 
 def _verify(root: Path, ref: FileRef) -> None:
     path = root / ref.file
-    if not path.is_file():
+    again = "export or download the bundle again"
+    try:
+        if not path.is_file():
+            raise BundleError(f"{root} lacks {ref.file}, which {MANIFEST} names; {again}")
+        size = path.stat().st_size
+        if size != ref.bytes:
+            raise BundleError(
+                f"{path} is not the file that was exported: it has {size} bytes, not {ref.bytes}; {again}"
+            )
+        found = sha256_file(path)
+    except OSError as error:
         raise BundleError(
-            f"{root} lacks {ref.file}, which {MANIFEST} names; export or download the bundle again"
-        )
-    size = path.stat().st_size
-    if size != ref.bytes or sha256_file(path) != ref.sha256:
+            f"{path} cannot be read ({error.strerror}); let this user read it, or {again}"
+        ) from error
+    if found != ref.sha256:
         raise BundleError(
-            f"{path} is not the file that was exported ({size} bytes, {ref.bytes} expected, or another SHA-256); "
-            "export or download the bundle again"
+            f"{path} is not the file that was exported: its SHA-256 is {found[:12]}…, not {ref.sha256[:12]}…; {again}"
         )

@@ -4,18 +4,20 @@
     blob = cache.load("denoiser-1x8x16x16")       # bytes, or None: not there, or damaged
     cache.store("denoiser-1x8x16x16", blob)
 
-A cache is never a reason to fail: what cannot be read or written is compiled anew.
+A cache is never a reason to fail: what cannot be read or written is compiled anew, and the log says why.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+
+from engines.files import remove_abandoned, write_atomically
+
+log = logging.getLogger("engines.cache")
 
 _DIGEST_BYTES = 32
 
@@ -51,20 +53,29 @@ class CompiledCache:
         }
         text = json.dumps(key, sort_keys=True, indent=2)
         folder = root / f"{runtime}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        remove_abandoned(folder)
         cache = cls(folder)
-        cache._write(folder / "key.json", text.encode() + b"\n")
+        if not (folder / "key.json").exists():  # a folder that came with a read-only image is used as it is
+            cache._write(folder / "key.json", text.encode() + b"\n")
         return cache
 
     def load(self, name: str) -> bytes | None:
         """What was stored as `name` (component and shapes), whole and unaltered, or None."""
         if self.folder is None:
             return None
+        path = self.folder / f"{name}.blob"
         try:
-            data = (self.folder / f"{name}.blob").read_bytes()
-        except OSError:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.warning("%s cannot be read, its model is compiled anew: %s", path, error.strerror or error)
             return None
         digest, body = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-        return body if hashlib.sha256(body).digest() == digest else None
+        if hashlib.sha256(body).digest() != digest:
+            log.warning("%s is damaged, its model is compiled anew", path)
+            return None
+        return body
 
     def store(self, name: str, body: bytes) -> None:
         """Keep `body` as `name`; two servers that store the same name at once both leave a whole file."""
@@ -73,13 +84,12 @@ class CompiledCache:
 
     @staticmethod
     def _write(path: Path, data: bytes) -> None:
-        with contextlib.suppress(OSError):
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
-                os.replace(temporary, path)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+            write_atomically(path, data)
+        except OSError as error:
+            log.warning(
+                "%s could not be written (%s): the next start compiles again; make room there or choose another folder",
+                path,
+                error.strerror or error,
+            )

@@ -2,16 +2,24 @@
 
 replace_folder(partial, target)                    # both in one parent folder
 write_text_atomically(Path("config.json"), text)
+write_atomically(Path("denoiser.blob"), data)
 sha256_file(Path("model.onnx"))
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
+
+PARTIAL = ".partial"
+ABANDONED_S = 3600
+"""Age from which a partial file is nobody's: whoever was writing it has been killed."""
 
 
 def replace_folder(partial: Path, target: Path) -> None:
@@ -38,14 +46,33 @@ def replace_folder(partial: Path, target: Path) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 `text`: whoever reads `path` finds the old text or the new one, whole, whenever this is killed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """`write_atomically` of UTF-8 `text`."""
+    write_atomically(path, text.encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data`: whoever reads `path` finds the old bytes or the new ones, whole, whenever this is killed.
+
+    The partial file's name is drawn, so that several writers of one path, on several machines even, do not mix theirs.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(data)
         _to_disk(partial)
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what went wrong first is what is told
+            partial.unlink()
+        raise
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete partial files that killed processes left in `folder` over an hour ago. Nothing to delete is no error."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f".*{PARTIAL}"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > ABANDONED_S:
+                    path.unlink()
 
 
 def sha256_file(path: Path) -> str:

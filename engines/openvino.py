@@ -11,6 +11,7 @@ model of their own (`cut_time`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from engines.bundle import COMPONENTS, Bundle
 from engines.cache import CompiledCache
 from engines.errors import RuntimeUnavailable
 from engines.rows import Array, HostEngine
+
+log = logging.getLogger("engines.openvino")
 
 PRECISIONS = ("auto", "f32", "bf16")
 NATIVE_BF16 = {"amx_bf16", "avx512_bf16"}
@@ -101,7 +104,10 @@ class OpenVINOEngine(HostEngine):
             config["INFERENCE_NUM_THREADS"] = self._threads
         key = f"{name}-{'x'.join(map(str, shape))}" if shape else name
         if (blob := self._cache.load(key)) is not None:
-            return self._core.import_model(blob, "CPU", config).create_infer_request()
+            try:
+                return self._core.import_model(blob, "CPU", config).create_infer_request()
+            except RuntimeError as error:  # whole, but compiled for another processor
+                log.warning("the stored %s cannot be used, it is compiled anew: %s", key, error)
         compiled = self._core.compile_model(self._model(name, shape), "CPU", config)
         if self._cache.folder is not None:
             self._cache.store(key, compiled.export_model().getvalue())

@@ -97,11 +97,35 @@ def parity() -> str:
 
 
 def http() -> str:
-    """Where the time of one `POST /generate` goes."""
-    rows = _json_line("http.txt")["rows"]
+    """Where the time of one `POST /generate` goes, alone and among others."""
+    names = (
+        "wall",
+        "others",
+        "encode",
+        "denoise",
+        "decode",
+        "overhead",
+        "of it image_encode",
+        "without waiting",
+    )
     return _table(
-        ("part of `POST /generate`", "p50, ms", "p95, ms"),
-        ([row["part, ms"], f"{row['p50']:.1f}", f"{row['p95']:.1f}"] for row in rows),
+        ("p50, ms", "at once", *names),
+        (
+            [row["p50, ms"], str(row["concurrency"]), *(f"{row[name]:.1f}" for name in names)]
+            for row in _json_line("http.txt")["rows"]
+        ),
+    )
+
+
+def surface() -> str:
+    """Requests a second beside a bare FastAPI route."""
+    names = "requests/s", "of bare", "of bare, encoding", "server CPU, ms/request"
+    return _table(
+        ("", "format", *names),
+        (
+            [row["surface"], row["format"], *(f"{row[name]:.2f}" for name in names)]
+            for row in _json_line("http.txt")["surface"]
+        ),
     )
 
 
@@ -117,5 +141,6 @@ def coldstart() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "quality": quality, "goals": goals, "engine": engine, "parity": parity, "http": http, "coldstart": coldstart
+    "quality": quality, "goals": goals, "engine": engine, "parity": parity, "http": http, "surface": surface,
+    "coldstart": coldstart,
 }  # fmt: skip

@@ -1,14 +1,20 @@
 // Before the first paint: the theme chosen last time, else the system's.
-const stored = localStorage.getItem("theme");
-if (stored === "light" || stored === "dark") document.documentElement.dataset.theme = stored;
+const root = document.documentElement;
+try {
+  const stored = localStorage.getItem("theme");
+  if (stored === "light" || stored === "dark") root.dataset.theme = stored;
+} catch { /* a browser may forbid storage: the system's, then */ }
 
 addEventListener("DOMContentLoaded", () => {
-  document.getElementById("theme")?.addEventListener("click", () => {
-    const root = document.documentElement;
-    const dark = root.dataset.theme
-      ? root.dataset.theme === "dark"
-      : matchMedia("(prefers-color-scheme: dark)").matches;
-    root.dataset.theme = dark ? "light" : "dark";
-    localStorage.setItem("theme", root.dataset.theme);
+  document.getElementById("theme").addEventListener("click", () => {
+    const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+    const next = (root.dataset.theme ?? system) === "dark" ? "light" : "dark";
+    // Back at the system's choice the page follows it again.
+    if (next === system) delete root.dataset.theme;
+    else root.dataset.theme = next;
+    try {
+      if (next === system) localStorage.removeItem("theme");
+      else localStorage.setItem("theme", next);
+    } catch { /* it holds until the page is left */ }
   });
 });

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import numpy as np
 import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
 
-from benchmarks.http import HttpBenchSettings, Sample, measure, parse_server_timing, rows
+from benchmarks.bare import create_app
 from benchmarks.main import main
+from benchmarks.overhead import Sample, measure, parse_server_timing, row
 from benchmarks.report import percentiles, table
 from benchmarks.server import Server, ServerError
+from cdm_serve.images import encode_image
 from engines.bundle import Bundle
 
 
@@ -22,36 +29,38 @@ def server() -> Iterator[Server]:
         yield server
 
 
-def test_wall_engine_and_overhead_are_those_of_a_server_of_known_times(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    walls = [500.0, 12.0, 20.0]  # ms per request; the first is the warm-up
-    clock, seeds = [0.0], []
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        clock[0] += walls[len(seeds)] / 1e3
-        seeds.append(json.loads(request.content)["seed"])
-        timing = f"queue;dur=1.5, encode;dur=2, denoise;dur={len(seeds)}, decode;dur=3.25, total;dur=11"
-        return httpx.Response(200, headers={"content-type": "image/png", "server-timing": timing})
-
-    monkeypatch.setattr("benchmarks.http.time.perf_counter", lambda: clock[0])
-    with httpx.Client(base_url="http://known", transport=httpx.MockTransport(answer)) as client:
-        samples = measure(client, HttpBenchSettings(requests=2, warmup=1))
-    assert seeds == [0, 1, 2]
-    assert [sample.wall for sample in samples] == pytest.approx([12.0, 20.0])
-    assert [sample.engine for sample in samples] == [7.25, 8.25]
-    assert [sample.overhead for sample in samples] == pytest.approx([4.75, 11.75])
-    medians = {row["part, ms"]: row["p50"] for row in rows(samples)}
-    assert medians["overhead"] == pytest.approx(8.25)
-    assert medians["stage queue"] == 1.5
+def timed(wall: float, **stages: float) -> Sample:
+    return Sample(
+        wall, {"queue": 0.0, "encode": 1.0, "denoise": 2.0, "decode": 3.0, "image_encode": 1.5, **stages}
+    )
 
 
-def test_real_servers_times_contain_each_other(server: Server) -> None:
-    with httpx.Client(base_url=server.url, trust_env=False) as client:
-        samples = measure(client, HttpBenchSettings(requests=3, warmup=2, steps=2))
-    assert len(samples) == 3
+def test_overhead_is_what_the_engine_is_not_answerable_for() -> None:
+    assert timed(10.0).engine == 6.0
+    assert timed(10.0).overhead == 4.0
+    assert timed(110.0, queue=100.0).overhead == 4.0  # the engine had others
+    paused = timed(
+        110.0, queue=101.0, others=100.0
+    )  # the engine did nothing for a millisecond of its waiting
+    assert (paused.overhead, paused.without_waiting) == (4.0, 3.0)
+
+
+def test_a_row_has_the_medians_and_image_encoding_apart() -> None:
+    made = row([timed(10.0), timed(11.0), timed(20.0, image_encode=9.0)])
+    assert (made["wall"], made["overhead"], made["overhead p95"], made["n"]) == (11.0, 5.0, None, 3)
+    assert made["of it image_encode"] == 1.5
+    assert made["without image_encode"] == 3.5  # of 2.5, 3.5 and 5
+    assert row([timed(10.0 + i) for i in range(21)])["overhead p95"] == 23.0
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_real_servers_times_contain_each_other(server: Server, concurrency: int) -> None:
+    address = ("127.0.0.1", server.port)
+    samples = asyncio.run(measure(address, {"steps": 2}, concurrency, warmup=2, requests=4))
+    assert len(samples) == 4
     for sample in samples:
         assert 0 < sample.engine < sample.stages["total"] < sample.wall
+        assert 0 < sample.overhead < sample.wall
 
 
 @pytest.mark.parametrize("flags", [["--engine", "fake"], ["--bundle", "a-folder"]])
@@ -65,13 +74,8 @@ def test_running_server_cannot_be_given_an_engine(
     assert "leave one of them out" in error
 
 
-def test_overhead_never_counts_queueing_as_engine() -> None:
-    stages = {"queue": 100.0, "encode": 1.0, "denoise": 2.0, "decode": 3.0, "total": 110.0}
-    assert Sample(111.0, stages).overhead == 105.0
-
-
 def test_a_header_without_the_engines_stages_is_refused() -> None:
-    with pytest.raises(ServerError, match="lacks encode, decode"):
+    with pytest.raises(ServerError, match="lacks encode, decode, queue"):
         parse_server_timing("denoise;dur=1.5, total;dur=2")
 
 
@@ -88,13 +92,51 @@ def test_a_server_that_cannot_start_is_told_in_its_words(capsys: pytest.CaptureF
 
 
 def test_http_prints_a_table_then_one_json_line(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["http", "--url", server.url, "--requests", "2", "--warmup", "0"]) == 0
+    flags = ["--requests", "20", "--warmup", "0", "--concurrency", "1,2"]
+    assert main(["http", "--url", server.url, *flags]) == 0
     *lines, line = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("| part, ms")
+    assert lines[0].startswith("| p50, ms")
     result = json.loads(line)
-    assert [row["part, ms"] for row in result["rows"][:3]] == ["wall", "engine", "overhead"]
-    assert result["engine"]["runtime"] == "fake"
-    assert all(row["n"] == 2 for row in result["rows"])
+    assert [(entry["concurrency"], entry["n"]) for entry in result["rows"]] == [(1, 20), (2, 20)]
+    assert result["served"][0]["engine"]["runtime"] == "fake"
+    assert result["surface"] == []
+
+
+@pytest.mark.slow
+def test_surface_is_compared_with_bare_routes_of_the_same_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--engine", "fake", "--concurrency", "2", "--requests", "2", "--warmup", "0"]
+    assert main(["http", *flags, "--format", "jpeg", "--rounds", "2", "--round-s", "0.1"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    names = [entry["surface"] for entry in result["surface"]]
+    assert names == ["bare", "bare, encoding", "cdm-serve, prepared", "cdm-serve, fake"]
+    for entry in result["surface"]:
+        assert entry["requests/s"] > 0
+        assert entry["of bare"] == pytest.approx(
+            entry["requests/s"] / result["surface"][0]["requests/s"], abs=0.01
+        )
+        assert entry["rounds"] == 2
+
+
+def test_bare_routes_answer_with_the_same_bytes(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    data = encode_image(pixels, "png", {"prompt": "red apple", "seed": 1})
+    (tmp_path / "a.png").write_bytes(data)
+    with TestClient(create_app(tmp_path / "a.png")) as client:
+        for path in ("/generate", "/encode"):
+            response = client.post(path, json={"prompt": "red apple"})
+            assert (response.content, response.headers["content-type"]) == (data, "image/png")
+            assert client.post(path, json={"prompt": 1}).status_code == 422
+
+
+def test_the_prepared_engine_makes_no_call_of_the_fake_one() -> None:
+    with Server(["--engine", "fake"], module="benchmarks.prepared") as server:
+        ask = [{"prompt": "red apple", "seed": seed, "response_format": "json"} for seed in (1, 2)]
+        first, second = (json.loads(server.fetch("/generate", json.dumps(body).encode())) for body in ask)
+    pixels = [
+        Image.open(io.BytesIO(base64.b64decode(made["images"][0]["b64_json"]))) for made in (first, second)
+    ]
+    assert pixels[0].size == (first["width"], first["height"])
+    assert pixels[0].tobytes() == pixels[1].tobytes()  # whatever the seed: nothing is painted
 
 
 def test_coldstart_makes_a_picture_per_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from benchmarks.outcomes import Outcome, codes, mean_size, quantiles, summary
+from benchmarks.outcomes import Outcome, codes, in_time, knee, mean_size, quantiles, summary
 from benchmarks.scrape import NOTHING, BatchSizes
 
 
@@ -58,3 +58,26 @@ def test_batch_sizes_are_those_since_the_first_look() -> None:
 def test_mean_size_weighs_by_calls() -> None:
     assert mean_size({1: 3, 5: 1}) == 2.0
     assert mean_size({}) is None
+
+
+def test_share_in_time_counts_everything_that_was_asked_for() -> None:
+    outcomes = [Outcome(0.0, "served", 0.2), Outcome(0.1, "served", 0.3), Outcome(0.2, "refused", 0.001)]
+    assert in_time(outcomes, [0.25, 1.0]) == {
+        "≤250 ms": pytest.approx(1 / 3),
+        "≤1000 ms": pytest.approx(2 / 3),
+    }
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(10.0, 1.0), (20.0, 0.9)], 15.0),  # half of the way down to 0.95
+        ([(20.0, 0.9), (10.0, 1.0), (30.0, 1.0)], 15.0),  # what comes after the first drop is luck
+        ([(10.0, 0.9)], 0.0),
+        ([(10.0, 0.99), (20.0, 0.96)], 20.0),
+    ],
+)
+def test_knee_is_where_the_curve_first_falls_below_the_share(
+    points: list[tuple[float, float]], expected: float
+) -> None:
+    assert knee(points, 0.95) == pytest.approx(expected)

@@ -82,6 +82,46 @@ def test_refusals_are_told_by_their_reason(capsys: pytest.CaptureFixture[str]) -
     assert everybody["rows"][0]["≤250 ms /s"] < admitted["rows"][0]["≤250 ms /s"]
 
 
+def test_what_became_of_accepted_deadlines_is_published(capsys: pytest.CaptureFixture[str]) -> None:
+    result = simulated(capsys, "--variants", "step,step+auto", "--rates", "0.05x,1.5x")
+    by = {(item["variant"], item["rate /s"] > 50): item for item in result["details"]}
+    assert (
+        "deadlines_accepted" not in by["step", True]
+    )  # fixed steps have none unless --deadline-ms gives them one
+    light, heavy = by["step+auto", False], by["step+auto", True]
+    rows = [row for row in result["rows"] if row["variant"] == "step+auto"]
+    assert [light["deadlines_accepted"], heavy["deadlines_accepted"]] == [row["served"] for row in rows]
+    assert light["deadlines_broken"] == 0.0
+    late = [round(row["served"] - row["≤250 ms /s"] * 3) for row in rows]  # three seconds are measured
+    assert late[1] == round(heavy["deadlines_broken"] * heavy["deadlines_accepted"])
+    # Predictions at arrival count the fewest steps; nearly alone a picture then takes all four of its own.
+    assert light["real_by_predicted"]["p50"] > 1.5
+    assert sorted(heavy["real_by_predicted"].values()) == list(heavy["real_by_predicted"].values())
+
+
+def test_jitter_makes_predictions_wrong_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--variants", "none", "--rates", "0.02x", "--duration", "60", "--deadline-ms", "5000"]
+    exact, shaken = (
+        simulated(capsys, *flags, "--jitter", jitter)["details"][0]["real_by_predicted"]
+        for jitter in ("0", "0.5")
+    )
+    assert exact["p5"] == exact["p50"] == 1.0
+    assert shaken["p5"] < 1.0 < shaken["p95"]
+
+
+def test_knees_are_those_of_the_shares_in_time(capsys: pytest.CaptureFixture[str]) -> None:
+    result = simulated(capsys, "--rates", "0.3x,3x", "--variants", "request,step")
+    assert result["knee_share"] == 0.95
+    low, high = sorted({row["rate /s"] for row in result["rows"]})
+    for variant, knees in result["knees"].items():
+        assert low < knees["≤250 ms"] < high
+        for row, detail in zip(result["rows"], result["details"], strict=True):
+            if row["variant"] == variant:  # three seconds are measured
+                assert detail["in_time"]["≤250 ms"] * row["offered"] == pytest.approx(
+                    row["≤250 ms /s"] * 3, abs=0.01
+                )
+
+
 def test_recorded_trace_keeps_its_pictures_and_takes_a_rate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,4 +223,4 @@ def test_address_where_no_server_is_is_told() -> None:
 
 
 def test_metrics_without_costs_are_none() -> None:
-    assert costs_in("# TYPE cdm_queue_depth gauge\ncdm_queue_depth 0.0\n") == ()
+    assert costs_in('# TYPE cdm_queue_depth gauge\ncdm_queue_depth{model="fake"} 0.0\n', "fake") == ()

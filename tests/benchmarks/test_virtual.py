@@ -130,6 +130,30 @@ def test_who_is_admitted_is_in_time_where_calls_last_as_predicted(trace: list[Ar
     assert not late
 
 
+@settings(deadline=None)
+@given(TRACES)
+def test_stays_are_those_of_the_pictures_with_a_deadline(trace: list[Arrival]) -> None:
+    run = fleet("step", admit=False).run(trace)
+    expected = [
+        (outcome.at, outcome.latency)
+        for arrival, outcome in zip(trace, run.outcomes, strict=True)
+        if arrival.deadline < inf
+    ]
+    assert sorted((stay.arrival, stay.real) for stay in run.stays) == sorted(expected)
+    assert all(stay.predicted > 0 for stay in run.stays)
+
+
+def test_prediction_is_what_happens_where_it_can_be_known() -> None:
+    """One at a time, all at once, earliest deadline first: who comes later has a later deadline."""
+    trace = [Arrival(0.0, steps, 64, 64, 100.0 + at) for at, steps in enumerate((3, 1, 2))]
+    run = fleet("step", max_batch=1).run(trace)
+    assert [stay.real for stay in run.stays] == pytest.approx(
+        [alone(3), alone(3) + alone(1), alone(3) + alone(1) + alone(2)]
+    )
+    assert [stay.predicted for stay in run.stays] == pytest.approx([stay.real for stay in run.stays])
+    assert [stay.deadline for stay in run.stays] == [100.0, 101.0, 102.0]
+
+
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_least_backlog_gives_everybody_a_replica_while_there_is_one(policy: str) -> None:
     run = fleet(policy, 5).run([Arrival(0.0, steps, 64, 64) for steps in (1, 4, 2, 3, 4)])

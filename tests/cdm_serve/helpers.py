@@ -34,6 +34,8 @@ class Gate:
         self._passes = threading.Semaphore(0)
 
     def close(self, component: str = "denoise") -> None:
+        self._passes = threading.Semaphore(0)  # none is left from an opening before
+        self.reached.clear()
         self._closed = component
 
     def step(self) -> None:

@@ -25,7 +25,12 @@ def test_what_was_measured_is_there_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "nonsense", "{}]", "[1]", '[["paint", [], 1, 0.1]]', '[["encode", [], 0, 0.1]]',
+    [
+     # whole JSON, but nothing that was ever measured
+     "[" * 100_000, '[["encode", [], 1, 1' + "0" * 400 + "]]", '[["encode", [], true, 0.1]]',
+     '[["encode", [8, 8], 1, 0.1]]', '[["denoise", [8], 1, 0.1]]', '[["denoise", [8, 0], 1, 0.1]]',
+     '[["denoise", [8, 8], 100000, 0.1]]', '[["decode", "ab", 1, 0.1]]', '[["encode", [], 1, "1"]]', "[null]",
+     "", "nonsense", "{}]", "[1]", '[["paint", [], 1, 0.1]]', '[["encode", [], 0, 0.1]]',
      '[["encode", [], 1, -1]]', '[["encode", [], 1, NaN]]', '[["decode", ["x"], 1, 0.1]]', "7"],
 )  # fmt: skip
 def test_damaged_file_is_measured_anew(tmp_path: Path, text: str) -> None:
@@ -41,3 +46,10 @@ def test_full_or_forbidden_disk_stops_nobody(tmp_path: Path, caplog: pytest.LogC
     (tmp_path / "file").write_text("", encoding="utf-8")
     write_costs(tmp_path / "file" / "costs.json", CostModel())  # its folder cannot be made
     assert "could not be written" in caplog.text
+
+
+def test_bytes_that_are_no_text_are_measured_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "costs.json"
+    path.write_bytes(b"\xff\xfe\0")
+    assert read_costs(path, CostModel()) == 0
+    assert "is not used" in caplog.text

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import inf
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdm_serve.baselines import POLICIES
@@ -203,6 +203,34 @@ def test_nobody_starves_under_an_endless_stream_of_more_urgent_pictures(
     assert finished[asked.index(lowly)] < max(finished.values()) / 2
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 4), st.integers(0, 2), st.sampled_from([inf, 8.0, 20.0]), st.sampled_from(BUCKETS)),
+        min_size=1, max_size=4,
+    ),
+    st.sampled_from([0.5, 1.0]), st.integers(1, 4), st.sampled_from([inf, 1.0]), st.integers(1, 4),
+)  # fmt: skip
+def test_waiting_is_bounded_whatever_comes_after(
+    kinds: list[tuple[int, int, float, str]], gap: float, steps: int, patience: float, max_batch: int
+) -> None:
+    """Whoever comes more than (2 + 1) agings after a picture of priority 0 never goes before it."""
+    aging, count = 4.0, 90
+    stream = []
+    for i in range(count):
+        length, priority, allowed, bucket = kinds[i % len(kinds)]
+        stream.append(Wish(gap * i, length, bucket, allowed, priority))
+    lowly = Wish(arrival=gap * 3 + 0.01, steps=steps, patience=patience, bucket="large")
+    asked = sorted([*stream, lowly], key=lambda wish: wish.arrival)
+    scheduler = Scheduler(costs_of(), max_batch, aging_s=aging)
+    finished = _finished(simulate(asked, scheduler))
+    before = [wish for wish in asked if wish.arrival <= lowly.arrival + 3 * aging]
+    step, decode = (scheduler.costs.seconds(stage, "large", max_batch) for stage in ("denoise", "decode"))
+    # Each of them needs its calls, at worst alone in a full one; between two steps others may leave and come.
+    most = sum(0.1 + wish.steps * (step + (max_batch - 1) * (0.1 + decode)) + decode for wish in before)
+    assert finished[asked.index(lowly)] <= lowly.arrival + 3 * aging + most
+
+
 def test_newcomer_joins_at_the_next_step_edge_of_any_schedule() -> None:
     asked = [Wish(steps=4, encoded=True), Wish(arrival=0.5, steps=1, encoded=True)]
     log = simulate(asked, Scheduler(costs_of(call=1.0, each=0.1), max_batch=4))
@@ -222,14 +250,130 @@ def test_batch_grows_only_while_it_pays() -> None:
 
 def test_decoding_waits_for_company_where_that_saves_everybody_time() -> None:
     """Six wait behind two that are done and two that will be a step later: one decode call instead of two."""
-    costs = costs_of(call=1.0, each=0.01)
-    costs = CostModel.of([row for row in costs.rows() if row[0] != "decode"])
-    for size in (1, 8):
-        costs.record("decode", "small", size, 2.0)
+    costs = decoding_costs()
     asked = [Wish(steps=1, encoded=True)] * 2 + [Wish(steps=2, encoded=True)] * 2
     asked += [Wish(arrival=0.1, steps=4, encoded=True)] * 6
     log = simulate(asked, Scheduler(costs, max_batch=4))
     assert next(len(call.ids) for _, call, _, _ in log if call.stage == "decode") == 4
+
+
+def decoding_costs(seconds: float = 2.0, max_batch: int = 4) -> CostModel:
+    """As `costs_of`, steps nearly free of size, and a decode call as long for `max_batch` pictures as for one."""
+    costs = CostModel.of([row for row in costs_of(call=1.0, each=0.01).rows() if row[0] != "decode"])
+    for bucket in BUCKETS:
+        for size in (1, max_batch):
+            costs.record("decode", bucket, size, seconds)
+    return costs
+
+
+def ready_to_decode(scheduler: Scheduler, wish: Wish, ids: range) -> None:
+    """Put pictures into `scheduler` whose steps are done."""
+    for id in ids:
+        task = replace(wish, steps=1, encoded=True).task(id)
+        scheduler.add(task)
+        task.done = 1
+
+
+def test_decoding_waits_for_as_many_as_the_call_can_still_take() -> None:
+    """Two are ready, three will be: with room for two of them it still pays to wait."""
+    scheduler = Scheduler(decoding_costs(), max_batch=4)
+    ready_to_decode(scheduler, Wish(), range(2))
+    for id in range(2, 5):
+        scheduler.add(Wish(steps=1, encoded=True).task(id))
+    for id in range(5, 9):
+        scheduler.add(Wish(steps=4, encoded=True, arrival=0.1).task(id))
+    call = scheduler.schedule(0.2)
+    assert call is not None
+    assert (call.stage, set(call.ids) >= {2, 3, 4}) == ("denoise", True)
+
+
+def test_full_decode_call_does_not_wait() -> None:
+    scheduler = Scheduler(decoding_costs(), max_batch=4)
+    ready_to_decode(scheduler, Wish(), range(5))
+    for id in range(5, 12):
+        scheduler.add(Wish(steps=1, encoded=True).task(id))
+    assert scheduler.schedule(0.0) == Call("decode", "small", (0, 1, 2, 3), (0, 0, 0, 0))
+
+
+def test_decoding_does_not_wait_for_a_shape_that_is_not_being_stepped() -> None:
+    """The leader is of another shape, so its step brings the group no company."""
+    scheduler = Scheduler(decoding_costs(), max_batch=4)
+    ready_to_decode(scheduler, Wish(arrival=0.5), range(2))
+    for id in range(2, 8):
+        scheduler.add(Wish(steps=4, encoded=True, bucket="large").task(id))
+    for id in range(8, 10):
+        scheduler.add(Wish(arrival=0.5, steps=1, encoded=True).task(id))
+    call = scheduler.schedule(1.0)
+    assert call == Call("decode", "small", (0, 1), (0, 0))
+
+
+def test_urgent_leader_goes_before_decoding_unless_the_others_have_waited_an_aging_longer() -> None:
+    def first(arrival: float) -> str:
+        scheduler = Scheduler(costs_of(call=1.0, each=0.0), max_batch=1, aging_s=5.0)
+        ready_to_decode(scheduler, Wish(arrival=arrival), range(1))
+        scheduler.add(Wish(arrival=10.0, steps=1, patience=1.0 + 0.5 + 0.1, encoded=True).task(1))
+        call = scheduler.schedule(10.0)
+        assert call is not None
+        return call.stage
+
+    assert first(9.0) == "denoise"
+    assert first(4.0) == "decode"
+
+
+def test_longer_queue_makes_larger_batches() -> None:
+    """Four per call are 10 % cheaper than two: worth their waiting for each other if many wait, of any shape."""
+    costs = CostModel()
+    for size, seconds in ((1, 1.5), (2, 2.0), (4, 3.6)):
+        costs.record("denoise", "small", size, seconds)
+        costs.record("decode", "small", size, 0.1 * size)
+
+    def first(waiting: int) -> int:
+        scheduler = Scheduler(costs, max_batch=4)
+        for id in range(waiting):
+            scheduler.add(Wish(steps=1, encoded=True, bucket="small" if id < 4 else "large").task(id))
+        call = scheduler.schedule(0.0)
+        assert call is not None
+        return len(call.ids)
+
+    assert [first(waiting) for waiting in (1, 4, 32)] == [1, 2, 4]
+
+
+@pytest.mark.parametrize("patience", [inf, 1.0])
+def test_place_of_a_full_call_goes_to_who_has_no_deadline_to_meet(patience: float) -> None:
+    scheduler = Scheduler(costs_of(call=1.0, each=0.0), max_batch=3)
+    scheduler.add(Wish(steps=3, encoded=True, patience=patience).task(0))
+    for id, spare in ((1, 30.0), (2, 20.0), (3, 10.0), (4, 40.0)):
+        scheduler.add(Wish(steps=2, encoded=True, patience=spare).task(id))
+    call = scheduler.schedule(0.0)
+    assert call is not None
+    assert call.ids == (3, 2, 0)
+
+
+def test_place_is_kept_by_who_would_miss_its_deadline_without_it() -> None:
+    costs = costs_of(call=1.0, each=0.0)
+    tight = 2 * 1.0 + 0.5 + 0.6  # its own calls, and less than one more
+
+    def members(spares: tuple[float, ...]) -> tuple[int, ...]:
+        scheduler = Scheduler(costs, max_batch=3)
+        scheduler.add(Wish(steps=3, encoded=True).task(0))
+        for id, spare in enumerate(spares, start=1):
+            scheduler.add(Wish(steps=2, encoded=True, patience=spare).task(id))
+        call = scheduler.schedule(0.0)
+        assert call is not None
+        return call.ids
+
+    assert members((tight, tight, tight, tight)) == (1, 2, 3)
+    assert members((tight, tight + 2, tight + 3, tight + 4)) == (1, 2, 0)
+
+
+def test_place_is_not_given_across_priorities() -> None:
+    scheduler = Scheduler(costs_of(call=1.0, each=0.0), max_batch=2)
+    scheduler.add(Wish(steps=1, encoded=True).task(0))
+    for id in (1, 2, 3):
+        scheduler.add(Wish(steps=1, encoded=True, patience=30.0, priority=1).task(id))
+    call = scheduler.schedule(0.0)
+    assert call is not None
+    assert call.ids == (1, 2)
 
 
 def test_tighter_deadline_goes_first_and_a_lost_one_last() -> None:

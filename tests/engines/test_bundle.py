@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -54,4 +55,43 @@ def test_parts_that_do_not_fit_are_refused_by_name(tmp_path: Path, change: Chang
     change(document)
     (tmp_path / MANIFEST).write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(BundleError, match=message):
+        load_bundle(tmp_path)
+
+
+def damaged(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data if how == "flipped" else data[:-1])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("flipped", "its SHA-256 is [0-9a-f]{12}…, not [0-9a-f]{12}…"), ("truncated", "it has 2 bytes, not 3")],
+)
+def test_damage_is_told_from_truncation(tmp_path: Path, how: str, message: str) -> None:
+    fake_bundle(tmp_path)
+    damaged(tmp_path / "tokenizer.json", how)
+    with pytest.raises(
+        BundleError, match=f"tokenizer.json is not the file that was exported: {message}; export"
+    ):
+        load_bundle(tmp_path)
+
+
+def test_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_bundle(tmp_path)
+
+    def forbidden(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("engines.bundle.sha256_file", forbidden)
+    with pytest.raises(BundleError, match=r"text_encoder\.onnx cannot be read \(Permission denied\)"):
+        load_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_manifest_that_is_no_json_is_told(tmp_path: Path, text: bytes) -> None:
+    fake_bundle(tmp_path)
+    (tmp_path / MANIFEST).write_bytes(text)
+    with pytest.raises(BundleError, match=r"is not valid JSON .*; export or download the bundle again"):
         load_bundle(tmp_path)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from engines.cache import CompiledCache
+from engines.files import PARTIAL
 
 KEY = {"runtime": "openvino", "version": "1", "device": "cpu", "precision": "f32", "threads": 1}
 
@@ -45,3 +49,86 @@ def test_without_a_folder_nothing_is_kept() -> None:
     cache = CompiledCache.open(None, "a" * 64, **KEY)
     cache.store("denoiser", b"blob")
     assert cache.load("denoiser") is None
+
+
+def test_what_goes_wrong_is_logged_with_its_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    CompiledCache.open(tmp_path / "file", "a" * 64, **KEY).store("denoiser", b"blob")
+    assert caplog.text.count("Not a directory") == 2  # the key, the model
+    cache = CompiledCache.open(tmp_path, "a" * 64, **KEY)
+    caplog.clear()
+    assert cache.load("denoiser") is None
+    assert caplog.text == ""  # not there is nothing wrong
+    cache.store("denoiser", b"blob")
+    blob = next(tmp_path.rglob("denoiser.blob"))
+    blob.write_bytes(blob.read_bytes()[:-1])
+    assert cache.load("denoiser") is None
+    assert "denoiser.blob is damaged" in caplog.text
+    blob.unlink()
+    blob.mkdir()
+    assert cache.load("denoiser") is None
+    assert "denoiser.blob cannot be read" in caplog.text
+
+
+def test_folder_that_cannot_be_written_is_used_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    CompiledCache.open(tmp_path, "a" * 64, **KEY).store("denoiser", b"blob")
+
+    def read_only(*_: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    assert CompiledCache.open(tmp_path, "a" * 64, **KEY).load("denoiser") == b"blob"
+    assert caplog.text == ""
+
+
+def test_full_disk_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = CompiledCache.open(tmp_path, "a" * 64, **KEY)
+    cache.store("denoiser", b"old")
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    cache.store("denoiser", b"new")
+    cache.store("decoder", b"new")
+    assert caplog.text.count("No space left on device") == 2
+    assert cache.load("denoiser") == b"old"
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"key.json", "denoiser.blob"}
+
+
+def test_real_full_disk_is_a_miss(tmp_path: Path) -> None:
+    """A file system of 64 KiB, where one may be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, check=False
+    ).returncode  # fmt: skip
+    if mounted != 0:
+        pytest.skip("only root can mount a file system")
+    try:
+        cache = CompiledCache.open(disk, "a" * 64, **KEY)
+        cache.store("small", b"blob")
+        cache.store("large", bytes(2**20))
+        assert cache.load("small") == b"blob"
+        assert cache.load("large") is None
+        assert {path.name for path in disk.rglob("*") if path.is_file()} == {"key.json", "small.blob"}
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_what_a_killed_server_left_half_written_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    cache = CompiledCache.open(tmp_path, "a" * 64, **KEY)
+    assert cache.folder is not None
+    old, new = (cache.folder / f".denoiser.blob.{name}{PARTIAL}" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    assert CompiledCache.open(tmp_path, "a" * 64, **KEY).load("denoiser") is None
+    assert not old.exists()
+    assert new.exists()  # another server may be writing it

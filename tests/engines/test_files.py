@@ -89,3 +89,18 @@ def test_the_hash_of_files_sees_names_and_bytes_and_no_order(tmp_path):
     (tmp_path / "c").rename(a)
     a.write_text("3")
     assert sha256_files(tmp_path, [a, b]) != both
+
+
+def test_writers_of_one_path_do_not_mix_theirs(tmp_path, monkeypatch):
+    path = tmp_path / "costs.json"
+    replace = Path.replace
+
+    def another_writes_meanwhile(self: Path, to: Path) -> Path:
+        monkeypatch.undo()
+        write_text_atomically(path, "theirs")
+        return replace(self, to)
+
+    monkeypatch.setattr(Path, "replace", another_writes_meanwhile)
+    write_text_atomically(path, "ours")
+    assert path.read_text() == "ours"
+    assert [each.name for each in tmp_path.iterdir()] == ["costs.json"]
