@@ -1,7 +1,8 @@
 """What `cdm-bench simulate` and `cdm-bench serve` share: the load's settings, the policies' variants, the traces.
 
-A variant is a server's `--policy` and what its requests allow. `step+auto` asks for `steps="auto"` with a deadline, so
-that the scheduler may finish a picture in fewer steps; the other three ask for exactly as many as they say.
+A variant is a server's `--policy` and what its requests say. `step+auto` asks for `steps="auto"` with a deadline, so
+that the scheduler may finish a picture in fewer steps; the others ask for exactly as many as they say, `step+deadline`
+with a deadline, so that what would be late is refused.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from benchmarks.arrivals import TIMES, Arrival, draw, length, read_trace, stretc
 from cdm_serve.costs import TEXT, CostModel
 from engines.cli import CommandSettings, UsageError
 
-VariantName = Literal["none", "request", "step", "step+auto"]
+VariantName = Literal["none", "request", "step", "step+deadline", "step+auto"]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A server's `--policy`, and whether requests allow fewer steps."""
+    """A server's `--policy`, whether requests say by when they are wanted, and whether they allow fewer steps."""
 
     name: VariantName
     policy: str
+    urgent: bool = False
     elastic: bool = False
 
 
@@ -39,7 +41,8 @@ VARIANTS: dict[str, Variant] = {
         Variant("none", "none"),
         Variant("request", "request"),
         Variant("step", "step"),
-        Variant("step+auto", "step", elastic=True),
+        Variant("step+deadline", "step", urgent=True),
+        Variant("step+auto", "step", urgent=True, elastic=True),
     )
 }
 
@@ -61,7 +64,9 @@ class LoadSettings(CommandSettings):
     """The load's settings."""
 
     variants: list[VariantName] = Field(
-        ["none", "request", "step", "step+auto"], min_length=1, description="policies to compare"
+        ["none", "request", "step", "step+deadline", "step+auto"],
+        min_length=1,
+        description="policies to compare",
     )
     trace: str = Field(
         "poisson", description=f"arrivals: {', '.join(TIMES)}, or a recorded CSV file (docs/load.md)"
@@ -88,7 +93,7 @@ class LoadSettings(CommandSettings):
         None,
         ge=1,
         le=3_600_000,
-        description="deadline of every request; none: only step+auto's, the first SLO",
+        description="deadline of every request; none: only step+deadline's and step+auto's, the first SLO",
     )
     max_batch: int = Field(8, ge=1, le=256, description="pictures that one engine call may advance")
     queue_limit: int = Field(64, ge=1, le=1_000_000, description="unfinished pictures that a server accepts")
@@ -211,7 +216,7 @@ def span(settings: LoadSettings, trace: Sequence[Arrival]) -> tuple[float, float
 def for_variant(trace: Sequence[Arrival], variant: Variant, settings: LoadSettings) -> list[Arrival]:
     """The trace as `variant` asks for it. What a recorded trace says itself stays."""
     deadline = inf if settings.deadline_ms is None else settings.deadline_ms / 1e3
-    if variant.elastic and deadline == inf:
+    if variant.urgent and deadline == inf:
         deadline = settings.slo_ms[0] / 1e3
     return [
         replace(

@@ -68,7 +68,7 @@ class ServeBenchSettings(LoadSettings, env_prefix="CDM_BENCH_SERVE_"):
             if VARIANTS[variant].policy != "step":
                 raise ValueError(
                     f"--variants={variant} is a policy that a server is started with, but --url={self.url} is already "
-                    "running; give --variants step,step+auto (fixed and elastic steps) or one of them"
+                    "running; give --variants step,step+deadline,step+auto or some of them"
                 )
         return self
 

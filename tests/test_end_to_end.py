@@ -44,7 +44,12 @@ def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
 def client(request: pytest.FixtureRequest, bundle_folder: Path) -> Iterator[TestClient]:
     settings = ServeSettings(
-        bundle=bundle_folder, engine=request.param, precision="f32", threads=1, max_batch=4, embedding_cache=2
+        bundle=(bundle_folder,),
+        engine=request.param,
+        precision="f32",
+        threads=1,
+        max_batch=4,
+        embedding_cache=2,
     )
     engine = load_engine(load_bundle(bundle_folder), settings.engine_options())
     app = create_app(settings, engine)

@@ -18,6 +18,7 @@ from benchmarks.cost_tables import (
     find_costs,
     save_costs,
 )
+from benchmarks.load import VARIANTS
 from benchmarks.main import main
 from benchmarks.plots import plot_sweep
 from benchmarks.server import Server, ServerError
@@ -40,7 +41,7 @@ def simulated(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]
 
 def test_every_variant_gets_the_same_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     result = simulated(capsys)
-    assert [row["variant"] for row in result["rows"]] == ["none", "request", "step", "step+auto"] * 2
+    assert [row["variant"] for row in result["rows"]] == [*VARIANTS] * 2
     for rate in {row["rate /s"] for row in result["rows"]}:
         rows = [row for row in result["rows"] if row["rate /s"] == rate]
         assert len({row["offered"] for row in rows}) == 1
