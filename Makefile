@@ -1,5 +1,9 @@
 # `make` or `make help` lists the targets. Serving and testing have an environment each: the first has no torch.
 
+# A measurement that fails fails its target, though its output goes through tee.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
 SERVE := .venv-serve
 TEST := .venv
 HOST ?= 127.0.0.1
@@ -61,15 +65,17 @@ figures: $(TEST)/.installed ## measure what the README quotes, on an otherwise i
 	$(BIN)/cdm-bench coldstart --runs 5 --install | tee $(RESULTS)/coldstart.txt
 	$(BIN)/python scripts/readme.py
 
-SWEEP = --slo-ms 250 --rates 0.3x,0.6x,0.8x,0.95x,1.1x,1.4x --duration 12 --warmup 3
-SIMULATED = --slo-ms 250 --rates 0.1x,0.2x,0.3x,0.4x,0.5x,0.6x,0.7x,0.8x,0.9x,1x,1.1x,1.2x,1.4x,1.6x,1.8x,2x,2.2x,2.4x --duration 30 --seed 20
+SWEEP = --slo-ms 250,1000 --rates 0.3x,0.6x,0.8x,0.95x,1.1x,1.4x --duration 10 --warmup 2
+FIXED = none,request,step,step+deadline
+SIMULATED = --slo-ms 250,1000 --rates 0.1x,0.2x,0.3x,0.4x,0.5x,0.6x,0.7x,0.8x,0.9x,1x,1.1x,1.2x,1.4x,1.6x,1.8x,2x,2.2x,2.4x --duration 30 --seed 20
 load: $(TEST)/.installed ## the policies under load: real servers, a simulated GPU-like one, 30 minutes of overload (1.5 hours, idle machine)
 	$(BIN)/cdm-bench serve $(SWEEP) --rounds 3 --out $(RUNS)/load | tee $(RESULTS)/serve.txt
-	$(BIN)/cdm-bench serve $(SWEEP) --rounds 3 --steps 1,2,4,8 --out $(RUNS)/load-mixed | tee $(RESULTS)/serve-mixed.txt
+	$(BIN)/cdm-bench serve $(SWEEP) --rounds 2 --steps 1,2,4,8 --variants $(FIXED) --out $(RUNS)/load-mixed | tee $(RESULTS)/serve-mixed.txt
 	$(BIN)/cdm-bench simulate $(SIMULATED) --costs gpu-like --steps 4 | tee $(RESULTS)/simulate-gpu.txt
 	$(BIN)/cdm-bench simulate $(SIMULATED) --costs gpu-like --steps 1,2,4,8 | tee $(RESULTS)/simulate-gpu-mixed.txt
 	$(BIN)/cdm-bench soak --minutes 30 --load 1.2 --out $(RUNS)/soak | tee $(RESULTS)/soak.txt
 	cp $(RUNS)/load/goodput.png docs/load.png
+	cp $(RUNS)/soak/vitals.png docs/soak.png
 	$(BIN)/python scripts/readme.py
 
 fuzz: $(TEST)/.installed ## Schemathesis against the served API, deep (an hour)

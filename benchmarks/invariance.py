@@ -3,8 +3,8 @@
     cdm-bench invariance --groups 1,4,8 --rounds 30
 
 The same pictures are made with batches as they come (`free`) and in groups of exactly n (`--invariant-batch n`, padded
-where fewer are there), one engine after the other in every round. Beside the time: whether one picture, drawn alone and
-again among others in every batch size, came out with the same bytes.
+where fewer are there), one engine after the other in every round. Beside the time: whether every picture, drawn alone
+and again at its place in every batch size, came out with the same bytes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def run(settings: InvarianceSettings) -> int:
         )
         for group in (0, *settings.groups)
     }
-    alone = {group: draw(engine, settings, 1)[0] for group, engine in engines.items()}
+    alone = {
+        group: [draw(engine, settings, 1, place)[0] for place in range(max(settings.batches))]
+        for group, engine in engines.items()
+    }
     worst = dict.fromkeys(engines, 0)
     times: dict[tuple[int, int], list[float]] = {(g, n): [] for g in engines for n in settings.batches}
     order = random.Random(settings.seed)
@@ -72,7 +75,7 @@ def run(settings: InvarianceSettings) -> int:
                 started = time.perf_counter()
                 pictures = draw(engines[group], settings, batch)
                 times[group, batch].append(1e3 * (time.perf_counter() - started))
-                worst[group] = max(worst[group], difference(pictures[0], alone[group]))
+                worst[group] = max(worst[group], *map(difference, pictures, alone[group]))
     rows = [
         {
             "batches": f"groups of {group}" if group else "free",
@@ -103,13 +106,13 @@ def run(settings: InvarianceSettings) -> int:
     return 0
 
 
-def draw(engine: Engine, settings: InvarianceSettings, batch: int) -> NDArray[np.uint8]:
-    """`batch` pictures of consecutive seeds through every stage, uint8 `(batch, height, width, 3)`."""
+def draw(engine: Engine, settings: InvarianceSettings, batch: int, first: int = 0) -> NDArray[np.uint8]:
+    """`batch` pictures of consecutive seeds from `first` on, through every stage, uint8 `(batch, height, width, 3)`."""
     manifest = engine.manifest
     down, size = manifest.latent.downscale, manifest.default_size
     shape = (manifest.latent.channels, size.height // down, size.width // down)
     conditioning = engine.encode([engine.tokenize(settings.prompt)] * batch)
-    x = [engine.put(noise(settings.seed + number, shape)) for number in range(batch)]
+    x = [engine.put(noise(settings.seed + first + number, shape)) for number in range(batch)]
     for sigma, sigma_next in pairwise(manifest.sigmas(settings.steps)):
         x, _ = engine.denoise(x, [sigma] * batch, [sigma_next] * batch, conditioning)
     return engine.decode(x)

@@ -54,10 +54,15 @@ RATE = re.compile(rf"\d+(\.\d+)?x?|{RECORDED}")
 SIZE = re.compile(r"[1-9]\d*x[1-9]\d*")
 
 
-def key_headers() -> dict[str, str]:
-    """The header that carries `API_KEY`'s value, if there is one."""
-    key = os.environ.get(API_KEY)
-    return {"authorization": f"Bearer {key}"} if key else {}
+def keys() -> list[str]:
+    """The keys that `API_KEY` holds: none, one, or several with commas between."""
+    return [key for key in os.environ.get(API_KEY, "").split(",") if key]
+
+
+def key_headers(number: int = 0) -> dict[str, str]:
+    """The header that carries one of `keys`, the first by default; none if there are none."""
+    known = keys()
+    return {"authorization": f"Bearer {known[number % len(known)]}"} if known else {}
 
 
 class LoadSettings(CommandSettings):

@@ -3,7 +3,8 @@
     locust -f benchmarks/locustfile.py --headless --host http://127.0.0.1:8000 --mode open --rate 20 --duration 60
     locust -f benchmarks/locustfile.py --headless --host … --mode closed --most-users 50 --csv load --html load.html
 
-Step counts and sizes come from the server's `/info`. `CDM_API_KEY` holds the key of a server that wants one.
+Step counts and sizes come from the server's `/info`. `CDM_API_KEY` holds the key of a server that wants one,
+or several, with commas between, that are used in turn.
 """
 
 from __future__ import annotations
@@ -172,7 +173,10 @@ class Painter(FastHttpUser):
             body["deadline_ms"] = self.options.deadline_ms
         if due is not None:
             self._report_lag(time.perf_counter() - due)
-        with self.client.post("/generate", json=body, name=name, catch_response=True) as response:
+        headers = key_headers(index)  # several keys are used in turn
+        with self.client.post(
+            "/generate", json=body, name=name, headers=headers, catch_response=True
+        ) as response:
             if due is not None:
                 response.request_meta["response_time"] = (time.perf_counter() - due) * 1e3
             if response.status_code == 429:

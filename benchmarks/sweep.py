@@ -88,6 +88,11 @@ class Sweep:
         url = self._urls[variant.policy]
         warmup, duration = span(self._settings, trace)
         wanted = for_variant(trace, variant, self._settings)
+        if wrong := [a.steps for a in wanted if a.min_steps and a.steps != self._info["default_steps"]]:
+            raise UsageError(
+                f'steps={wrong[0]} cannot be asked for as "auto", which begins at the default of '
+                f"{self._info['default_steps']}; leave step+auto out of --variants, or --steps away"
+            )
         salt = f"{name} {number} {rate:g}"
         bodies = [self._body(arrival, index, salt) for index, arrival in enumerate(wanted)]
         before: list[BatchSizes] = []

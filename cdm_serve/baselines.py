@@ -11,15 +11,24 @@ from collections.abc import Iterable
 
 from cdm_serve.costs import STAGES, TEXT, CostModel, Stage
 from cdm_serve.scheduler import Scheduler
-from cdm_serve.tasks import Call
+from cdm_serve.tasks import Call, Task
 
 
 class RequestBatching(Scheduler):
-    """Whole requests, oldest first, in groups of up to `max_batch`; deadlines, priorities and `auto` are not seen."""
+    """Whole requests, oldest first, in groups of up to `max_batch`; deadlines, priorities and `auto` are not seen.
+
+    Every deadline is accepted, however late the picture will be.
+    """
 
     def __init__(self, costs: CostModel, max_batch: int, aging_s: float = 5.0) -> None:
         super().__init__(costs, max_batch, aging_s)
         self._group: list[int] = []
+
+    def excess(self, task: Task, now: float) -> float:
+        """0: nobody is refused."""
+        del now
+        task.planned = task.steps
+        return 0.0
 
     def schedule(self, now: float, stages: Iterable[Stage] = STAGES) -> Call | None:
         """The next call of the group in work; a new group when that has ended."""

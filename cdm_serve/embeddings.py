@@ -8,7 +8,7 @@ from engines.base import Conditioning, TokenIds
 
 
 class EmbeddingCache:
-    """At most `entries` embeddings. One thread owns it."""
+    """At most `entries` embeddings. Not safe for several threads at once."""
 
     def __init__(self, entries: int) -> None:
         self._entries = entries

@@ -108,10 +108,12 @@ class QueueFull(ServeError):
 
 
 class DeadlineInfeasible(ServeError):
-    """Beside what was accepted before, the request's deadline cannot be met."""
+    """Beside what was accepted before, the request's deadline cannot be met; `hopeless`: nor on an idle server."""
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message, param="deadline_ms", headers=retry_headers(retry_after_s))
+    def __init__(self, message: str, *, retry_after_s: float, hopeless: bool = False) -> None:
+        # What OpenAI's client obeys before it looks at the time.
+        retry = {"x-should-retry": "false"} if hopeless else {}
+        super().__init__(message, param="deadline_ms", headers=retry_headers(retry_after_s) | retry)
 
 
 class Unavailable(ServeError):

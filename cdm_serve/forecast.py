@@ -1,9 +1,9 @@
 """When the accepted pictures should be finished, and the steps under which most deadlines hold. Pure arithmetic.
 
     forecast = Forecast(costs, max_batch=8)
-    forecast.look(waiting=5)                               # from here on with the costs of this moment
+    forecast.look(waiting=5, steps=20, now=3.0)            # from here on with the costs of this moment
     forecast.least(task)                                   # seconds, if it is in every call from now on
-    forecast.cap(forecast.rows(order), busy=0.01)          # steps; `busy`: seconds until the running call ends
+    forecast.cap(forecast.rows(order), 3.0, 0.01, 4, 8)    # steps; 0.01: seconds until the running call ends
 
 A picture is finished after what is before it in order, served in full batches, and never before it would be if it were
 in every call. Both are stretched by what deadlines have taught.
@@ -20,6 +20,10 @@ from cdm_serve.tasks import Task
 BROKEN = 0.02
 """The share of deadlines that predictions may break: fewer would refuse what could have been served."""
 LEARN = 0.05
+MOST = 2.0
+"""The largest stretch: a pause of the whole machine makes everybody late, which says nothing about the next hour."""
+HALF_S = 60.0
+"""Seconds in which a lesson loses half its weight: who is refused teaches nothing, so time must."""
 
 Row = tuple[int, int, int, float, float, float, float, float]
 """A picture: (least steps left, most, done; its step, and all else, in a full batch; its step, decoding, if it is in
@@ -31,6 +35,7 @@ class Forecast:
 
     def __init__(self, costs: CostModel, max_batch: int) -> None:
         self.stretch = 1.0
+        self._at = 0.0
         self._costs = costs
         self._max_batch = max_batch
         self._batch = 1
@@ -38,8 +43,10 @@ class Forecast:
         self._encode = (0.0, 0.0)
         self._shapes: dict[Bucket, tuple[float, float, float, float, float]] = {}
 
-    def look(self, waiting: int, steps: int) -> None:
+    def look(self, waiting: int, steps: int, now: float) -> None:
         """Take the costs of this moment, with `waiting` pictures of so many steps in all."""
+        self.stretch = 1 + (self.stretch - 1) * 0.5 ** (max(0.0, now - self._at) / HALF_S)
+        self._at = now
         self._batch = max(1, min(waiting, self._max_batch))
         self._turnover = (self._batch - 1) * waiting / max(1, steps)
         self._encode = (
@@ -50,7 +57,7 @@ class Forecast:
 
     def learn(self, late: bool) -> None:
         """Let predictions grow when deadlines break, and shrink when they hold, until `BROKEN` of them break."""
-        self.stretch = max(1.0, self.stretch + LEARN * (late - BROKEN))
+        self.stretch = min(MOST, max(1.0, self.stretch + LEARN * (late - BROKEN)))
 
     def least(self, task: Task) -> float:
         """Seconds until the picture is finished if it is in every call from now on, in as few steps as it allows."""
@@ -64,14 +71,18 @@ class Forecast:
             _, pace, decode, each, rest = self._shapes.get(task.bucket) or self._shape(task.bucket)
             done = task.done
             least = most = task.planned - done
-            if task.running:
-                if most and task.encoded:  # that step is the running call
+            if task.running:  # its call is counted in `busy`
+                if not task.encoded:
+                    pass
+                elif most:
                     least, most, done = least - 1, most - 1, done + 1
+                else:
+                    decode = rest = 0.0
             elif task.min_steps is not None and most:  # `Task.fewest`, in the loop that edges wait for
                 least, most = task.min_steps - done, task.steps - done
                 if least < 1:
                     least = 1
-            if not task.encoded:
+            if not (task.encoded or task.running):
                 rest += self._encode[1]
             made.append((least, most, done, each, rest, pace, decode, task.deadline if task.live else inf))
         return made

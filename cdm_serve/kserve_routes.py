@@ -31,20 +31,19 @@ FORMS = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain
 # model_config.proto's names for the datatypes, where they are not simply TYPE_<datatype>.
 CONFIG_TYPES = {"BYTES": "TYPE_STRING"}
 
+ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 ERROR_DOCS: dict[int | str, dict[str, Any]] = {
-    "default": {
-        "description": 'An error, {"error": message}: 400 what was sent, 404 no such model, 413 too long, 415 an '
-        "unknown type or encoding, 429 full or too late (Retry-After says when to come back), 503 stopping or warming",
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["error"],
-                    "properties": {"error": {"type": "string"}},
-                }
-            }
-        },
-    }
+    status: {"description": description, "content": {"application/json": {"schema": ERROR_SCHEMA}}}
+    for status, description in {
+        400: "What was sent cannot be served, or the content policy refuses it",
+        404: "No such model or version",
+        408: "The body took too long to arrive",
+        413: "The body is too long",
+        415: "A type or encoding that is not known",
+        429: "The queue is full or the deadline cannot be met; Retry-After says when to come back",
+        500: "The engine failed on this picture",
+        503: "The server is stopping, warming up, or its engine is broken",
+    }.items()
 }
 
 BINARY_DOCS = {
@@ -141,15 +140,17 @@ async def model_config(request: Request) -> Response:
 
 async def infer(request: Request) -> Response:
     """Make a picture of each prompt: taken in together or not at all, answered when all are finished."""
-    service = _served(request)
+    models: Models = request.app.state.models
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media in FORMS:
+    # Browsers send an origin with every POST; tritonclient sends neither that nor a content-type.
+    if media in FORMS or (not media and "origin" in request.headers):
         raise UnsupportedMedia(
-            f"content-type={media!r} is a web form's; send application/json, or application/octet-stream with tensors "
-            "behind the JSON (curl: --json '…' in place of -d '…')"
+            f"content-type={media!r} is what any web page can make a browser send; send application/json, or "
+            "application/octet-stream with tensors behind the JSON (curl: --json '…' in place of -d '…')"
         )
-    limit = service.settings.max_body_bytes
+    limit = models.settings.max_body_bytes
     body = decompressed(await read_body(request, limit), request.headers.get("content-encoding", ""), limit)
+    service = _served(request)  # the model may have been replaced while the body came
     wanted = parse_infer(body, request.headers.get(JSON_LENGTH), service.limits)
     made = await unless_gone(request, service.generate_all(wanted.orders))
     timings = ", ".join(f"{stage};dur={ms}" for stage, ms in spent(request, made).items())

@@ -122,6 +122,7 @@ class Metrics:
     def forget(self, model: str) -> None:
         """`model` is served no more: what it is and has now goes, what it counted stays."""
         self._costs.rows.pop(model, None)
+        self.in_work.remove_by_labels({"model": model})
         self.model_info.remove_by_labels({"model": model})
 
     def exposition(self) -> bytes:
@@ -153,7 +154,6 @@ class ModelMetrics:
         self.batch_size = _Bound(metrics.batch_size, model)
         self.cache_hits = _Bound(metrics.cache_hits, model)
         self.cache_misses = _Bound(metrics.cache_misses, model)
-        self.in_work = metrics.in_work.labels(model)
         self.queue_depth = metrics.queue_depth.labels(model)
         self.queue_time = metrics.queue_time.labels(model)
         self.step_seconds = metrics.step_seconds.labels(model)

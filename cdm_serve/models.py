@@ -75,7 +75,10 @@ class Models:
         self._served: dict[str, Service] = {}
         self._loading: dict[Path, Service | None] = {}
         self._leaving: dict[Service, asyncio.Task[None]] = {}
+        self._stuck: list[Service] = []
+        """Gone, but an engine call of theirs has not returned."""
         self._one_load = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Service]] = set()
         self._loop: asyncio.AbstractEventLoop
         for number, engine in enumerate(engines):
             service = self._service(engine, None if number else costs)
@@ -91,9 +94,17 @@ class Models:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        for service in self._served.values():
-            await service.__aenter__()
-            service.show()
+        try:
+            for service in self._served.values():
+                await service.__aenter__()
+                service.show()
+        except BaseException:
+            for service in self._served.values():
+                if service.entered:
+                    await self._end(service)
+                else:
+                    service.engine.close()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -126,15 +137,25 @@ class Models:
         return self._served[name]
 
     @property
+    def broken(self) -> str | None:
+        """What only a restart mends: of any model that is served, comes, goes, or is gone but holds its device."""
+        coming = (service for service in self._loading.values() if service is not None)
+        others = [
+            service for service in (*coming, *self._leaving, *self._stuck) if not service.runner.failure
+        ]
+        return next(
+            (reason for service in (*self._served.values(), *others) if (reason := service.broken)), None
+        )
+
+    @property
     def unavailable(self) -> str | None:
-        """Why no request can be served now, if none can."""
-        failures = [reason for service in self._served.values() if (reason := service.broken)]
-        return STOPPING if self.draining else failures[0] if failures else None
+        """Why requests should go elsewhere: it is stopping, or one of its engines is broken."""
+        return STOPPING if self.draining else self.broken
 
     @property
     def ended(self) -> bool:
         """Whether no engine is in a call, or will be."""
-        return all(service.runner.ended for service in (*self._served.values(), *self._leaving))
+        return all(service.runner.ended for service in (*self._served.values(), *self._leaving, *self._stuck))
 
     def statuses(self) -> list[Status]:
         """Every model that is served, comes or goes."""
@@ -158,7 +179,8 @@ class Models:
 
     def give_up_soon(self) -> None:
         """Answer everybody who waits `Unavailable`, from a signal handler."""
-        for service in (*self._served.values(), *self._leaving):
+        coming = (service for service in self._loading.values() if service is not None)
+        for service in (*self._served.values(), *coming, *self._leaving):
             self._loop.call_soon_threadsafe(service.give_up)
 
     async def load(self, folder: Path) -> Service:
@@ -172,6 +194,18 @@ class Models:
             LoadFailed: its engine failed while it was warmed up.
             Unavailable: the server is stopping.
         """
+        # A task of its own: who asked may leave, and half a load cannot be left behind.
+        task = asyncio.ensure_future(self._load(folder))
+        self._tasks.add(task)
+        task.add_done_callback(self._loaded)
+        return await asyncio.shield(task)
+
+    def _loaded(self, task: asyncio.Task[Service]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.warning("a model was not loaded: %s", error)
+
+    async def _load(self, folder: Path) -> Service:
         async with self._one_load:
             if self.draining:
                 raise Unavailable(STOPPING)
@@ -179,16 +213,11 @@ class Models:
             try:
                 service = await asyncio.to_thread(self._opened, folder)
                 self._loading[folder] = service
-                await service.__aenter__()
-                while not (service.runner.ready.is_set() or service.runner.failure or self.draining):
-                    await asyncio.sleep(POLL_S)
-                if self.draining or not service.runner.ready.is_set():
+                try:
+                    await self._warm(service, folder)
+                except BaseException:
                     await self._end(service)
-                    if self.draining:
-                        raise Unavailable(STOPPING)
-                    raise LoadFailed(
-                        f"the engine of {folder} failed in its warm-up: {service.runner.failure}"
-                    )
+                    raise
             finally:
                 del self._loading[folder]
             old = self._served.get(service.name)
@@ -198,6 +227,15 @@ class Models:
         if old is not None:
             self._retire(old)
         return service
+
+    async def _warm(self, service: Service, folder: Path) -> None:
+        await service.__aenter__()
+        while not (service.runner.ready.is_set() or service.broken or self.draining):
+            await asyncio.sleep(POLL_S)
+        if self.draining:
+            raise Unavailable(STOPPING)
+        if reason := service.broken:
+            raise LoadFailed(f"the engine of {folder} failed in its warm-up: {reason}")
 
     async def unload(self, name: str) -> None:
         """Serve the model of this name no more; returns when whatever it had accepted is answered.
@@ -243,8 +281,10 @@ class Models:
 
     async def _end(self, service: Service) -> None:
         await service.__aexit__()
-        if service.runner.ended:  # else it is in a call
+        if service.runner.ended:
             await asyncio.to_thread(service.engine.close)
+        else:  # it is in a call
+            self._stuck.append(service)
 
 
 def _state(service: Service) -> str:

@@ -44,7 +44,9 @@ class ImagesRequest(BaseModel):
         Field(description="quality of jpeg and webp, larger is better; png loses nothing: only 100"),
     ] = None
     background: Annotated[str | None, Field(description="pictures have no transparency")] = None
-    moderation: Annotated[str | None, Field(description="nothing is filtered here")] = None
+    moderation: Annotated[str | None, Field(description="what is refused, the server's operator decides")] = (
+        None
+    )
     style: Annotated[str | None, Field(description="no value is accepted; the prompt says the style")] = None
     user: Annotated[str | None, Field(description="accepted, neither used nor kept")] = None
     safety_identifier: Annotated[str | None, Field(description="accepted, neither used nor kept")] = None
@@ -74,7 +76,7 @@ FIXED: dict[str, tuple[tuple[str, ...], str]] = {
         "the model has one quality, and more steps are not always better; num_inference_steps sets them",
     ),
     "background": (("auto", "opaque"), "pictures have no transparency"),
-    "moderation": (("auto", "low"), "nothing is filtered here"),
+    "moderation": (("auto", "low"), "what is refused, the server's operator decides"),
     "style": ((), "describe the style in the prompt"),
 }
 """Field → the values that are true here, and why no other is."""

@@ -48,7 +48,7 @@ class Picture:
     """One picture on its way. Sizes in pixels, times by `time.perf_counter`; only the runner writes the late fields.
 
     `remaining` is its schedule from where it stands; the scheduler may shorten it to `min_steps` steps in all.
-    `reply` is called at most once, on a runner's thread, with uint8 `(height, width, 3)` or with an error.
+    `reply` is called at most once, on any thread, with uint8 `(height, width, 3)` or with an error.
     """
 
     tokens: TokenIds

@@ -14,7 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from cdm_serve.errors import DeadlineInfeasible, Forbidden, InvalidRequest, KeyBusy, RateLimited
+from cdm_serve.errors import (
+    DeadlineInfeasible,
+    Forbidden,
+    InvalidRequest,
+    KeyBusy,
+    RateLimited,
+    Unavailable,
+)
 from cdm_serve.keys import Key
 
 
@@ -113,7 +120,7 @@ class Account:
         self._count(pictures)
         try:
             yield
-        except DeadlineInfeasible:  # not accepted after all
+        except (DeadlineInfeasible, Unavailable):  # not accepted after all
             if bucket is not None:
                 bucket.give_back(pictures)
             raise

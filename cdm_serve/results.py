@@ -76,7 +76,8 @@ class Results:
         """It is finished, or failed: keep it, and tell whoever waited for it."""
         self._land(flight)
         if not isinstance(outcome, ServeError):
-            self._kept[flight.key] = outcome
+            # A view would keep its whole batch.
+            self._kept[flight.key] = outcome if outcome.base is None else outcome.copy()
             self._kept.move_to_end(flight.key)
             while len(self._kept) > self.capacity:
                 self._kept.popitem(last=False)

@@ -48,6 +48,7 @@ ERROR_DOCS: dict[int | str, dict[str, Any]] = {
     500: {"description": "The engine failed on this picture"},
     503: {"description": "The server is stopping, or its engine is broken"},
 }
+DOWN_DOCS: dict[int | str, dict[str, Any]] = {503: {"description": "Not now; the message says why"}}
 GENERATE_DOCS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The picture itself, or JSON with all of them. With stream, events: `preview` {step, steps, "
@@ -106,17 +107,16 @@ async def info(
     }
 
 
-@router.get("/livez", response_class=PlainTextResponse)
+@router.get("/livez", response_class=PlainTextResponse, responses=DOWN_DOCS)
 async def livez(request: Request) -> str:
     """200 while the process can make pictures or will; 503 when only a restart helps."""
     models: Models = request.app.state.models
-    for service in models.services:
-        if reason := service.broken:
-            raise Unavailable(reason)
+    if reason := models.broken:
+        raise Unavailable(reason)
     return "alive\n"
 
 
-@router.get("/readyz", response_class=PlainTextResponse)
+@router.get("/readyz", response_class=PlainTextResponse, responses=DOWN_DOCS)
 async def readyz(request: Request) -> str:
     """200 when every batch size of every model has been warmed up and requests are accepted."""
     models: Models = request.app.state.models

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,7 @@ class Runner:
         self._stop_at: float | None = None
         self._calls: dict[Call, float] = {}
         self._busy = 0.0  # what the calls that have ended took
+        self._inside: dict[Call, float] = {}  # when the calls that are in the engine, their turn come, began
         self._warming: float | None = None  # when the running warm-up call began
         self._cancelled: dict[int, Picture] = {}
         lanes = OVERLAPPED if stages.engine.info.overlap else (STAGES,)
@@ -84,23 +85,18 @@ class Runner:
             if self.failure or self._stop_at is not None:
                 raise Unavailable(self.failure or "the server is stopping; send the request again elsewhere")
             now = time.perf_counter()
-            added: list[int] = []
-            for picture in pictures:
-                task = Task(
-                    picture.id, picture.bucket, len(picture.remaining) - 1, picture.arrival, picture.deadline,
-                    picture.priority, picture.min_steps, encoded=self._stages.embedded(picture),
-                )  # fmt: skip
-                if excess := self._scheduler.excess(task, now):
-                    for id in added:
-                        self._scheduler.cancel(id)
-                    raise DeadlineInfeasible(
-                        f"the deadline cannot be met: what was accepted before takes {excess * 1e3:.0f} ms too long; "
-                        'try again then, allow more time, or let it take fewer steps ("auto")',
-                        retry_after_s=excess,
-                    )
-                picture.mark = self._busy_by(now)
-                self._scheduler.add(task)
-                added.append(picture.id)
+            with ExitStack() as undo:  # all or none
+                for picture in pictures:
+                    task = Task(
+                        picture.id, picture.bucket, len(picture.remaining) - 1, picture.arrival, picture.deadline,
+                        picture.priority, picture.min_steps, encoded=self._stages.embedded(picture),
+                    )  # fmt: skip
+                    if excess := self._scheduler.excess(task, now):
+                        raise _infeasible(task, excess, now)
+                    picture.mark = self._busy_by(now)
+                    self._scheduler.add(task)
+                    undo.callback(self._scheduler.cancel, picture.id)
+                undo.pop_all()
             self._pictures.update((picture.id, picture) for picture in pictures)
             self._metrics.queue_depth.inc(len(pictures))
             self._edge.notify_all()
@@ -138,6 +134,8 @@ class Runner:
     def join(self, late_s: float | None = None) -> bool:
         """Wait until the threads have ended, with `late_s` at most so long beyond `stop`'s time; whether they have."""
         for thread in self._threads:
+            if thread.ident is None:  # it was never started
+                continue
             if late_s is None:
                 thread.join()
             else:
@@ -154,7 +152,7 @@ class Runner:
         """Seconds that the longest of the running engine calls, those of the warm-up too, has taken so far."""
         now = time.perf_counter()
         warming = self._warming
-        return now - min([*list(self._calls.values()), now if warming is None else warming])
+        return now - min([*list(self._inside.values()), now if warming is None else warming])
 
     # What only its own threads call.
 
@@ -227,7 +225,8 @@ class Runner:
         asked = time.perf_counter()
         try:
             with self._turns:
-                waited = time.perf_counter() - asked
+                self._inside[call] = time.perf_counter()
+                waited = self._inside[call] - asked
                 images = self._stages.run(call, members)
             for picture in members:  # another model's call is one of others as well
                 picture.spans.queue += waited
@@ -237,9 +236,10 @@ class Runner:
         if failed is not None:
             self._fail(members, failed)
         elif call.stage == "denoise":
-            self._preview(call, [picture for picture in members if picture.preview_due])
+            self._preview(call, [p for p in members if p.preview_due and p.id in self._pictures])
         with self._edge:
             now = time.perf_counter()
+            self._inside.pop(call, None)
             self._busy += now - self._calls.pop(call)
             busy = self._busy_by(now)
             for picture in members:
@@ -329,6 +329,20 @@ def _failed(stage: str, error: Exception, pictures: Sequence[Picture]) -> Genera
     )  # fmt: skip
     return GenerationFailed(
         f"the engine failed to {stage} this picture's batch: {said(error)}; the request can be sent again"
+    )
+
+
+def _infeasible(task: Task, excess: float, now: float) -> DeadlineInfeasible:
+    hopeless = now + task.least > task.deadline  # whatever else is in work
+    reason = (
+        f"the picture alone takes about {task.least * 1e3:.0f} ms; allow more time"
+        if hopeless
+        else f"what was accepted before takes {excess * 1e3:.0f} ms too long; try again then, allow more time"
+    )
+    return DeadlineInfeasible(
+        f'the deadline cannot be met: {reason}, or let it take fewer steps ("auto")',
+        retry_after_s=excess,
+        hopeless=hopeless,
     )
 
 

@@ -4,7 +4,7 @@
     scheduler.add(Task(id=1, bucket=(128, 128), steps=4, arrival=0.0, deadline=0.25, min_steps=1))
     while call := scheduler.schedule(now):         # a stage and who takes part in it
         ...                                        # the engine runs it
-        finished = scheduler.postprocess(call)
+        finished = scheduler.postprocess(call, now)
 
 The policy, at every edge between two engine calls:
 
@@ -40,7 +40,7 @@ class Scheduler:
         self.aging_s = aging_s
         self._tasks: dict[int, Task] = {}
         self._forecast = Forecast(costs, max_batch)
-        self._busy_until = 0.0
+        self._ends: dict[Call, float] = {}
         self._cap = 1
 
     def __len__(self) -> int:
@@ -72,11 +72,13 @@ class Scheduler:
             task.running = True
         stage = members[0].stage
         bucket = TEXT if stage == "encode" else members[0].bucket
-        self._busy_until = now + self.costs.seconds(stage, bucket, len(members))
-        return Call(stage, bucket, tuple(t.id for t in members), tuple(t.left for t in members))
+        call = Call(stage, bucket, tuple(t.id for t in members), tuple(t.left for t in members))
+        self._ends[call] = now + self.costs.seconds(stage, bucket, len(members))
+        return call
 
     def postprocess(self, call: Call, now: float) -> tuple[int, ...]:
         """Take in that `call` has run until `now`; retire and return the pictures that are finished by it."""
+        self._ends.pop(call, None)
         finished = []
         for id in call.ids:
             task = self._tasks.get(id)
@@ -97,6 +99,7 @@ class Scheduler:
     def excess(self, task: Task, now: float) -> float:
         """Seconds by which the accepted work is too much for `task`: 0 if its deadline, and all others, would hold.
 
+        A picture without a deadline is never too much, though one of higher priority may break what was promised.
         Everybody who allows fewer steps is counted with the fewest. A deadline that is lost anyway protects nobody.
         """
         task.planned = task.steps
@@ -127,9 +130,13 @@ class Scheduler:
 
     # The parts of the policy.
 
+    def _busy(self, now: float) -> float:
+        """Seconds until the running calls should have ended."""
+        return max([0.0, *(end - now for end in self._ends.values())])
+
     def _order(self, now: float, tasks: list[Task], others: int = 0) -> list[Task]:
         """First in order first; `others` of them are not here yet."""
-        self._forecast.look(len(tasks) - others, sum(task.planned for task in tasks))
+        self._forecast.look(len(tasks) - others, sum(task.planned for task in tasks), now)
         least, aging = self._forecast.least, self.aging_s
         ranked = []
         for task in tasks:
@@ -144,7 +151,7 @@ class Scheduler:
         return [rank[-1] for rank in ranked]
 
     def _finishes(self, order: list[Task], now: float, cap: int = 1) -> list[float]:
-        busy = max(0.0, self._busy_until - now)
+        busy = self._busy(now)
         forecast = self._forecast
         return [now + seconds for seconds in forecast.finishes(forecast.rows(order), busy, cap)]
 
@@ -153,7 +160,7 @@ class Scheduler:
         elastic = [task for task in order if task.min_steps is not None]
         if not elastic:
             return
-        busy = max(0.0, self._busy_until - now)
+        busy = self._busy(now)
         top = max(task.steps for task in elastic)
         self._cap = self._forecast.cap(self._forecast.rows(order), now, busy, self._cap, top)
         for task in elastic:

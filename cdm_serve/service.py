@@ -89,9 +89,11 @@ class Service:
         self._tracing = tracing
         self._results = Results(settings.result_cache) if settings.result_cache else None
         self._delivery = Delivery(settings.image_workers, engine.manifest, self.safety, self._counts)
+        self.entered = False
         self._loop: asyncio.AbstractEventLoop
 
     async def __aenter__(self) -> Self:
+        self.entered = True
         self._loop = asyncio.get_running_loop()
         self._delivery.warm_up()
         self.runner.start()  # last: a start that fails leaves no thread behind
@@ -101,9 +103,11 @@ class Service:
         self.drain()
         if not await asyncio.to_thread(self.runner.join, LATE_S):
             log.error("an engine call of %r does not return; stopping without it", self.name)
-        self._delivery.close()
+            self.runner.abandon()  # before the pool closes, in which what it finishes would go on
+        # In threads: other models are served meanwhile.
+        await asyncio.to_thread(self._delivery.close)
         if self.runner.ready.is_set():
-            self._keep_costs()
+            await asyncio.to_thread(self._keep_costs)
 
     def show(self) -> None:
         """Let `/metrics` tell what this model is and has: from now on it is the one of its name that is served."""
@@ -132,7 +136,9 @@ class Service:
     @property
     def unavailable(self) -> str | None:
         """Why no request can be served now, if none can."""
-        return "the server is stopping; send the request again elsewhere" if self.draining else self.broken
+        if self.draining:
+            return f"the server is stopping, or unloading {self.name!r}; send the request again elsewhere"
+        return self.broken
 
     def drain(self) -> None:
         """Refuse newcomers from now on and let the runner finish what was accepted."""
@@ -282,7 +288,8 @@ class Service:
 
         def finish(picture: Picture, outcome: NDArray[np.uint8] | ServeError) -> None:
             self._tell(results.finish, flight, outcome)
-            reply(picture, outcome)
+            if not flight.abandoned:
+                reply(picture, outcome)
 
         picture.reply = finish
         return False

@@ -166,6 +166,11 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
             raise ValueError(
                 "--admin-open goes without --keys: with keys an admin's opens /admin; leave it out"
             )
+        if self.admin_open and self.cors_origin:
+            raise ValueError(
+                "--admin-open with --cors-origin would let pages of those sites load and unload models; let an admin's "
+                "key open /admin, with --keys"
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,8 +9,8 @@ from threading import Lock
 class Turns:
     """A lock that is given in the order in which it was asked for.
 
-    Two engines at once on the same cores slow each other down by more than half, and what each then measures of its
-    calls is no cost of its own. A plain lock would let a busy engine take its next turn before the others wake up.
+    What two engines measure of their calls while both run on the same cores is no cost of their own. A plain lock
+    would let a busy engine take its next turn before the others wake up.
     """
 
     def __init__(self) -> None:

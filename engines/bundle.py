@@ -238,8 +238,9 @@ def load_bundle(root: Path) -> Bundle:
     manifest_path = root / MANIFEST
     try:
         raw = manifest_path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{root} is not a bundle: cannot read {MANIFEST} ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # a path with a NUL in it is no OSError
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(f"{root} is not a bundle: cannot read {MANIFEST} ({reason})") from error
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -129,6 +129,56 @@ def surface() -> str:
     )
 
 
+RUNS = {
+    "serve.txt": "measured, 4 steps",
+    "serve-mixed.txt": "measured, 1 2 4 8 steps",
+    "simulate-gpu.txt": "simulated, GPU-like costs, 4 steps",
+    "simulate-gpu-mixed.txt": "simulated, GPU-like costs, 1 2 4 8 steps",
+}
+"""Result → what it is."""
+
+
+def knees() -> str:
+    """Up to which rate each policy keeps 95 % in time, and how ours compares with whole-request batching."""
+    variants = ["none", "request", "step", "step+deadline", "step+auto"]
+    cells = []
+    for file, name in RUNS.items():
+        found = _json_line(file)["knees"]
+        for slo in found["request"]:
+            base = found["request"][slo]
+            ratios = [
+                f"{found[variant][slo] / base:.2f}×" if base else "–"
+                for variant in ("step", "step+deadline", "step+auto")
+                if variant in found
+            ]
+            known = (f"{found[variant][slo]:.1f}" if variant in found else "" for variant in variants)
+            cells.append([name, slo, *known, " / ".join(ratios)])
+    header = ("pictures/s", "within", *variants, "step / +deadline / +auto over request")
+    return _table(header, cells)
+
+
+def sweep() -> str:
+    """Goodput and tail over the sweep of rates, measured."""
+    rows = _json_line("serve.txt")["rows"]
+    slos = [name for name in rows[0] if name.startswith("≤")]
+    names = ["served", "refused", "failed", *slos, "p50 ms", "p95 ms", "p99 ms", "p99.9 ms", "steps", "batch"]
+
+    def cell(value: float | int | None) -> str:
+        return "" if value is None else str(value) if isinstance(value, int) else f"{value:.1f}"
+
+    return _table(
+        ("rate /s", "variant", *names),
+        ([f"{row['rate /s']:.1f}", row["variant"], *(cell(row[name]) for name in names)] for row in rows),
+    )
+
+
+def invariance() -> str:
+    """What byte-identical pictures cost."""
+    rows = _json_line("invariance.txt")["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return _table(names, ([str(row.get(name, "")) for name in names] for row in rows))
+
+
 def coldstart() -> str:
     """From the start of the process to the first picture, and what an installation takes."""
     result = _json_line("coldstart.txt")
@@ -142,5 +192,7 @@ def coldstart() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality, "goals": goals, "engine": engine, "parity": parity, "http": http, "surface": surface,
+    "knees": knees, "sweep": sweep,
+    "invariance": invariance,
     "coldstart": coldstart,
 }  # fmt: skip

@@ -1,7 +1,8 @@
 // A picture's parameters in the forms in which they are handed on: JSON, a curl command, a file name.
 import { bodyOf } from "./api.js";
 
-// What makes exactly this picture again: the steps that were really run, not "auto".
+// What makes this picture again: the steps that were really run, not "auto". One that was shortened on its way took
+// other sigmas than any request can ask for, and will differ.
 export function parametersOf({ prompt, seed, steps, width, height, format, model }) {
   return { prompt, steps, width, height, format, ...(model && { model }), seed };
 }

@@ -75,7 +75,7 @@ def test_equal_seeds_give_equal_figures_in_any_number_of_processes(
 
 
 def test_refusals_are_told_by_their_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--variants", "none", "--rates", "3x", "--deadline-ms", "200"]
+    flags = ["--variants", "step", "--rates", "3x", "--deadline-ms", "200"]
     admitted = simulated(capsys, *flags)
     assert set(admitted["details"][0]["not_served"]) == {"deadline_infeasible"}
     everybody = simulated(capsys, *flags, "--no-admit", "--queue-limit", "5")

@@ -48,7 +48,7 @@ def test_cap_is_the_highest_under_which_the_most_deadlines_hold(
     order: list[Task], top: int, first: int, busy: float
 ) -> None:
     made = forecast()
-    made.look(len(order), sum(task.steps for task in order))
+    made.look(len(order), sum(task.steps for task in order), 0.0)
 
     def met(cap: int) -> int:
         finishes = list(made.finishes(made.rows(order), busy, cap))
@@ -62,7 +62,7 @@ def test_cap_is_the_highest_under_which_the_most_deadlines_hold(
 @given(TASKS, st.integers(1, 9))
 def test_nobody_is_finished_before_its_own_calls_have_run(order: list[Task], cap: int) -> None:
     made = forecast()
-    made.look(len(order), sum(task.steps for task in order))
+    made.look(len(order), sum(task.steps for task in order), 0.0)
     finishes = list(made.finishes(made.rows(order), 0.5, cap))
     for task, finish in zip(order, finishes, strict=True):
         steps = max(min(cap, task.steps) - task.done, task.fewest)
@@ -72,7 +72,7 @@ def test_nobody_is_finished_before_its_own_calls_have_run(order: list[Task], cap
 
 def test_step_that_runs_is_not_counted_again() -> None:
     made = forecast()
-    made.look(1, 4)
+    made.look(1, 4, 0.0)
     running = task(1, 4, inf, None, 1, True)
     waiting = list(made.finishes(made.rows([running]), 0.0, 8))
     running.running = True
@@ -82,8 +82,8 @@ def test_step_that_runs_is_not_counted_again() -> None:
 def test_others_calls_between_two_steps_are_counted() -> None:
     """Four pictures of two steps: at every step two of them leave, and two more are encoded."""
     made, lone = forecast(), forecast()
-    lone.look(1, 2)
-    made.look(4, 8)
+    lone.look(1, 2, 0.0)
+    made.look(4, 8, 0.0)
     picture = task(1, 2, inf, None, 0, True)
     alone = next(lone.finishes(lone.rows([picture]), 0.0, 8))
     among = next(made.finishes(made.rows([picture]), 0.0, 8))

@@ -115,6 +115,7 @@ def test_unloading_answers_everybody_it_had_accepted(bundle: Bundle, others: dic
         assert 'cdm_cost_seconds{batch="1",height="",model="small"' in text
         assert 'cdm_cost_seconds{batch="1",height="",model="fake"' not in text
         assert 'cdm_model_info{device="cpu",model="fake"' not in text
+        assert 'cdm_pictures_in_work{model="fake"}' not in text
         assert 'cdm_pictures_total{model="fake",outcome="finished"} 3.0' in text
 
 

@@ -52,7 +52,7 @@ REFUSED: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"output_compression": 50}, "output_compression", ["50", "png", "webp"]),
     ({"background": "transparent"}, "background", ["transparen", "auto, opaque"]),
     ({"quality": "high"}, "quality", ['"high"', "num_inference_steps", "auto"]),
-    ({"moderation": "strict"}, "moderation", ["nothing is filtered"]),
+    ({"moderation": "strict"}, "moderation", ["operator decides"]),
     ({"style": "vivid"}, "style", ["vivid", "prompt"]),
     ({"user": 5}, "user", ["string"]),
     ({"stream": True, "partial_images": 4}, "partial_images", ["4", "0 to 3"]),

@@ -79,7 +79,7 @@ def test_off_unless_asked_for(serve: Callable[..., App]) -> None:
     assert denoised(app) == 4
 
 
-def test_picture_in_work_is_shared_and_outlives_who_began_it(serve: Callable[..., App]) -> None:
+def test_picture_in_work_is_shared(serve: Callable[..., App]) -> None:
     app = serve(result_cache=4)
     app.gate.close()
     with ThreadPoolExecutor(3) as pool:
@@ -89,6 +89,7 @@ def test_picture_in_work_is_shared_and_outlives_who_began_it(serve: Callable[...
         app.wait_until(lambda: app.metric("cdm_cache_hits_total", cache="result") == 2)
         app.gate.open()
         answers = [future.result() for future in (began, *others)]
+    assert app.service.permits.in_use == 0
     assert len({answer.content for answer in answers}) == 1
     assert [answer.headers.get("x-cache") for answer in answers] == [None, "shared", "shared"]
     assert denoised(app) == 2
@@ -142,6 +143,15 @@ def test_more_urgent_request_is_not_held_up_by_an_easier_one() -> None:
     fast = results.begin(KEY, 4.9, 2, lambda: None)
     results.finish(slow, PIXELS)
     assert results.in_work(KEY, inf, 0) is fast
+
+
+def test_kept_picture_does_not_keep_its_batch() -> None:
+    results = Results(2)
+    batch = np.zeros((4, 64, 64, 3), np.uint8)
+    results.finish(results.begin(KEY, inf, 0, lambda: None), batch[1])
+    kept = results.find(KEY)
+    assert kept is not None
+    assert kept.base is None
 
 
 def test_failure_is_told_and_not_kept() -> None:

@@ -241,7 +241,21 @@ def test_predictions_become_careful_when_deadlines_break() -> None:
         while call := scheduler.schedule(now):
             now += 3.0
             scheduler.postprocess(call, now)
-    assert scheduler.excess(replace(wish, arrival=1000.0).task(99), 1000.0) > 0.0
+    assert scheduler.excess(replace(wish, arrival=200.0).task(99), 200.0) > 0.0
+    # Nobody who is refused can teach it better: time does.
+    assert scheduler.excess(replace(wish, arrival=2000.0).task(99), 2000.0) == 0.0
+
+
+def test_one_long_pause_does_not_shut_the_door() -> None:
+    scheduler = Scheduler(costs_of(call=1.0, each=0.0), max_batch=8)
+    for id in range(64):
+        scheduler.add(Wish(steps=2, patience=3.0, encoded=True).task(id))
+    now = 0.0
+    while call := scheduler.schedule(now):
+        now += 100.0
+        scheduler.postprocess(call, now)
+    wish = Wish(arrival=now, steps=2, patience=6.0, encoded=True)  # it takes 2.5
+    assert scheduler.excess(wish.task(99), now) == 0.0
 
 
 def test_leaving_tells_when_the_first_of_those_in_work_are_done() -> None:
