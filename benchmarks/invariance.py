@@ -30,7 +30,7 @@ from engines.noise import noise
 class InvarianceSettings(CommandSettings, env_prefix="CDM_BENCH_INVARIANCE_"):
     """Time of whole pictures in batches as they come and in groups of fixed size, and whether bytes are equal."""
 
-    bundle: Path = Field(default_bundle(), description="exported model")
+    bundle: Path | None = Field(None, description="exported model; none: the bundled model")
     engine: Literal["auto", "openvino", "onnxruntime"] = Field("auto", description="runtime of the bundle")
     precision: str = Field("auto", description="arithmetic of the runtime; auto: the runtime's best here")
     threads: int = Field(0, ge=0, le=1024, description="threads of the runtime; 0: the runtime chooses")
@@ -46,7 +46,7 @@ class InvarianceSettings(CommandSettings, env_prefix="CDM_BENCH_INVARIANCE_"):
 
 def run(settings: InvarianceSettings) -> int:
     """Measure, print the table and the JSON line."""
-    bundle = load_bundle(settings.bundle)
+    bundle = load_bundle(settings.bundle or default_bundle())
     if settings.steps not in bundle.manifest.schedules:
         raise UsageError(
             f"--steps={settings.steps}: the bundle has schedules for {sorted(bundle.manifest.schedules)}"

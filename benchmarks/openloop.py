@@ -1,6 +1,6 @@
 """An open-loop client: whoever arrives at 10.3 s asks at 10.3 s, whether or not anybody before has been answered.
 
-    async with httpx.AsyncClient(limits=LIMITS, timeout=60) as client:
+    async with httpx.AsyncClient(transport=transport(), timeout=60) as client:
         answers = await drive(client, [(f"{url}/generate", arrival.at, body) for …])
 
 A task per arrival. Latency counts from the arrival's *scheduled* time, so what the client itself is late by counts too,
@@ -17,14 +17,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from aiohttp import ClientSession, TCPConnector
+from httpx_aiohttp import AiohttpTransport
 
 from benchmarks.outcomes import Outcome, Status
 from benchmarks.pictures import problem_with
 
-LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=1000, keepalive_expiry=30)
-"""No request waits for another's connection."""
-
 Body = dict[str, Any]
+
+
+def transport() -> httpx.AsyncBaseTransport:
+    """aiohttp's connections, without a limit, so that no request waits for another's.
+
+    httpx's own look through all of them for every request: under overload the client then stands still for seconds.
+    """
+    return AiohttpTransport(
+        client=lambda: ClientSession(connector=TCPConnector(limit=0, keepalive_timeout=30))
+    )
 
 
 @dataclass(frozen=True, slots=True)

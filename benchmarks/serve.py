@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from benchmarks.blocks import Blocks
 from benchmarks.cost_tables import cost_model, costs_of_server
 from benchmarks.load import VARIANTS, LoadSettings, capacity, key_headers, rates_of
-from benchmarks.openloop import LIMITS
+from benchmarks.openloop import transport
 from benchmarks.outcomes import KNEE, knees
 from benchmarks.plots import plot_sweep
 from benchmarks.report import show
@@ -104,7 +104,7 @@ def _server(settings: ServeBenchSettings, policy: str) -> Server:
 
 async def _measure(settings: ServeBenchSettings, urls: Mapping[str, str]) -> int:
     async with httpx.AsyncClient(
-        limits=LIMITS, timeout=settings.timeout_s, trust_env=False, headers=key_headers()
+        transport=transport(), timeout=settings.timeout_s, trust_env=False, headers=key_headers()
     ) as client:
         first = next(iter(urls.values()))
         info = await fetch_info(client, first)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from math import inf
 from typing import Any
 
@@ -42,6 +43,7 @@ class Sweep:
         self._info = info
         self._settings = settings
         self._format = format
+        self._serial = count(1)
         default = _size(info["default_size"])
         self._sizes = [default, *(size for size in map(_size, info["sizes"]) if size != default)]
         self.mix: Mix = mix_of(settings, info["default_steps"], self._sizes)
@@ -57,7 +59,7 @@ class Sweep:
         self._check(wanted)
         loop, times, url = asyncio.get_running_loop(), [], self._urls[policy]
         for number in range(FIRST + UNLOADED):
-            body = self._body(wanted[number % len(wanted)], number, "unloaded")
+            body = self._body(wanted[number % len(wanted)], number)
             began = loop.time()
             try:
                 response = await self._client.post(f"{url}/generate", json=body)
@@ -93,8 +95,7 @@ class Sweep:
                 f'steps={wrong[0]} cannot be asked for as "auto", which begins at the default of '
                 f"{self._info['default_steps']}; leave step+auto out of --variants, or --steps away"
             )
-        salt = f"{name} {number} {rate:g}"
-        bodies = [self._body(arrival, index, salt) for index, arrival in enumerate(wanted)]
+        bodies = [self._body(arrival, index) for index, arrival in enumerate(wanted)]
         before: list[BatchSizes] = []
 
         async def read() -> None:
@@ -114,11 +115,11 @@ class Sweep:
             offered = ", ".join(map(str, self._info["steps"]))
             raise UsageError(f"steps={wrong[0]} is not offered by {self._info['model']}; allowed: {offered}")
 
-    def _body(self, arrival: Arrival, number: int, salt: str) -> Body:
-        """What is posted. Every prompt is new, so that no cached embedding flatters; a picture that may be shortened
-        asks for "auto"."""
+    def _body(self, arrival: Arrival, number: int) -> Body:
+        """What is posted. Every prompt is new, so that no cached embedding flatters, and that by its beginning, for its
+        end may be more than the model reads; a picture that may be shortened asks for "auto"."""
         body: Body = {
-            "prompt": f"red apple {salt} {number}",
+            "prompt": f"{next(self._serial)} red apple",
             "seed": number,
             "steps": arrival.steps,
             "width": arrival.width,

@@ -41,6 +41,8 @@ curl --json '{"prompt": "red apple"}' localhost:8000/generate -o apple.png
 # What answering takes after the last picture: uvicorn's own limit must not cut the runner's shorter.
 ANSWER_S = 5
 INTERRUPTED = 130
+KEEP_ALIVE_S = 75
+"""Longer than proxies and clients keep a connection that is not used: who closes first loses no request."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +78,7 @@ def serve(settings: ServeSettings) -> int:
             server_header=False,
             http=BoundedHttp,
             limit_concurrency=settings.max_connections,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(settings.drain_timeout_s) + ANSWER_S,
         )
         server = Server(config, on_exit=models.drain_soon, on_force=models.give_up_soon)

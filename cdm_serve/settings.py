@@ -131,7 +131,7 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
     )
     otlp_endpoint: Endpoint | None = Field(
         None,
-        description="URL of an OpenTelemetry collector (OTLP/HTTP, such as http://localhost:4318) that gets a trace of "
+        description="URL of an OpenTelemetry collector (OTLP/HTTP, such as http://collector:4318) that gets a trace of "
         "every request; OTEL_… variables say the rest; none: nothing is traced",
     )
     drain_timeout_s: float = Field(

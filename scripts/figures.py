@@ -131,7 +131,6 @@ def surface() -> str:
 
 RUNS = {
     "serve.txt": "measured, 4 steps",
-    "serve-mixed.txt": "measured, 1 2 4 8 steps",
     "simulate-gpu.txt": "simulated, GPU-like costs, 4 steps",
     "simulate-gpu-mixed.txt": "simulated, GPU-like costs, 1 2 4 8 steps",
 }

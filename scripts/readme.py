@@ -2,7 +2,8 @@
 benchmarks/results/ (`scripts/figures.py`).
 
 In the README, what stands between `<!-- settings:module:Class -->` and `<!-- /settings -->` is what `settings_table`
-says; docs/settings.md is made whole, one table per sub-command. `--check` only compares.
+says; docs/settings.md is made whole, one table per sub-command; docs/observability.md gets the metrics of
+cdm_serve/metrics.py. `--check` only compares.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ README = ROOT / "README.md"
 SETTINGS = ROOT / "docs" / "settings.md"
 FIGURES = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- settings:([\w.]+):(\w+) -->\n).*?(<!-- /settings -->)", re.DOTALL)
+OBSERVABILITY = ROOT / "docs" / "observability.md"
+METRICS = re.compile(r"(<!-- metrics -->\n).*?(<!-- /metrics -->)", re.DOTALL)
 GROUPS = {"cdm-train": "training.main", "cdm-bench": "benchmarks.main"}
 
 
@@ -43,6 +46,29 @@ def rendered(text: str) -> str:
     return FIGURES.sub(figures, BLOCK.sub(table, text))
 
 
+def metrics_table() -> str:
+    """Every metric with its labels, from `cdm_serve/metrics.py`; of process_… ones the client library tells."""
+    sys.path.insert(0, str(ROOT))
+    from prometheus_client.metrics import MetricWrapperBase
+
+    from cdm_serve.metrics import Metrics
+
+    found = [metric for metric in vars(Metrics()).values() if isinstance(metric, MetricWrapperBase)]
+    lines = [
+        f"| `{metric._name}{'_total' if metric._type == 'counter' else ''}` | {metric._type} | "
+        f"{', '.join(f'`{label}`' for label in metric._labelnames)} | {metric._documentation} |\n"
+        for metric in found
+    ]
+    return "| metric | kind | labels | |\n|---|---|---|---|\n" + "".join(lines)
+
+
+def observability_page() -> str:
+    """docs/observability.md with the metrics as they now are."""
+    return METRICS.sub(
+        lambda block: block[1] + metrics_table() + block[2], OBSERVABILITY.read_text(encoding="utf-8")
+    )
+
+
 def settings_page() -> str:
     """docs/settings.md: every sub-command of `cdm-train` and `cdm-bench`."""
     sys.path.insert(0, str(ROOT))
@@ -59,7 +85,11 @@ def settings_page() -> str:
 
 def main() -> int:
     """Exit code 1 when `--check` finds a difference."""
-    wanted = {README: rendered(README.read_text(encoding="utf-8")), SETTINGS: settings_page()}
+    wanted = {
+        README: rendered(README.read_text(encoding="utf-8")),
+        SETTINGS: settings_page(),
+        OBSERVABILITY: observability_page(),
+    }
     changed = {
         path: text for path, text in wanted.items() if not path.is_file() or path.read_text("utf-8") != text
     }

@@ -18,7 +18,7 @@ from benchmarks.server import Server
 from cdm_serve.main import main as cdm_serve
 from cdm_serve.settings import default_bundle
 from engines.export.main import main as cdm_export
-from scripts.readme import SETTINGS, rendered, settings_page
+from scripts.readme import OBSERVABILITY, SETTINGS, observability_page, rendered, settings_page
 from training.main import main as cdm_train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +104,7 @@ def test_every_file_named_exists() -> None:
 def test_the_settings_tables_are_what_the_code_says() -> None:
     assert rendered(README) == README, "run `make readme`"
     assert SETTINGS.read_text(encoding="utf-8") == settings_page(), "run `make readme`"
+    assert OBSERVABILITY.read_text(encoding="utf-8") == observability_page(), "run `make readme`"
 
 
 def test_every_snippet_address_is_the_default() -> None:
