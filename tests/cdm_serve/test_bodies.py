@@ -88,5 +88,8 @@ def test_any_json_is_answered_by_the_images_api(app: App, body: Any) -> None:
 @given(body=st.binary(max_size=40))
 def test_any_bytes_are_answered(app: App, path: str, body: bytes) -> None:
     response = app.client.post(path, content=body, headers={"content-type": "application/json"})
+    if b'"prompt"' in body:  # whole requests may be drawn from the constants in our own code
+        assert response.status_code in (200, 400, 422)
+        return
     assert response.status_code in (400, 422)
     assert error_of(response)["message"]
