@@ -1,6 +1,6 @@
-"""`python -m benchmarks.edges`: what the policy itself costs, in microseconds of CPU time, by the queue's length.
+"""`cdm-bench edges`: what the policy itself costs, in microseconds of CPU time, by the queue's length.
 
-    python -m benchmarks.edges --costs gpu-like --waiting 8,64,512
+    cdm-bench edges --costs gpu-like --waiting 8,64,512
 
 Every edge is `schedule` and `postprocess`; the engine takes no time. A finished picture is followed by a new one, so
 the queue keeps its length. `fixed`: no deadlines; `auto`: all may be shortened and have a deadline that some will miss.
@@ -8,17 +8,33 @@ the queue keeps its length. `fixed`: no deadlines; `auto`: all may be shortened 
 
 from __future__ import annotations
 
-import argparse
 import time
 from itertools import count
+from typing import Annotated
 
-from benchmarks.cost_tables import cost_model, find_costs
+from pydantic import Field
+
+from benchmarks.cost_tables import built_in, cost_model, find_costs
 from benchmarks.report import show
 from cdm_serve.baselines import POLICIES
 from cdm_serve.scheduler import Scheduler
 from cdm_serve.tasks import Task
+from engines.cli import CommandSettings
 
 STEPS = (1, 2, 4, 8)
+
+
+class EdgesSettings(CommandSettings, env_prefix="CDM_BENCH_EDGES_"):
+    """CPU time of the scheduler's decisions."""
+
+    costs: str = Field(
+        "gpu-like", description=f"cost table: {', '.join(built_in())}; a JSON file; a server's URL"
+    )
+    waiting: list[Annotated[int, Field(ge=1)]] = Field(
+        [8, 64, 512], min_length=1, description="pictures in the system"
+    )
+    calls: int = Field(2000, ge=10, description="edges to time; a tenth as many before them are not")
+    max_batch: int = Field(8, ge=1, le=256, description="pictures that one engine call may advance")
 
 
 def edges(
@@ -47,37 +63,24 @@ def edges(
     return spent
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--costs", default="gpu-like", help="as for cdm-bench simulate")
-    parser.add_argument("--waiting", default="8,64,512", help="pictures in the system")
-    parser.add_argument(
-        "--calls", type=int, default=2000, help="edges to time; a tenth as many before them are not"
-    )
-    parser.add_argument("--max-batch", type=int, default=8)
-    options = parser.parse_args()
-    table = find_costs(options.costs)
+def run(settings: EdgesSettings) -> int:
+    """Measure, print the table and the JSON line."""
+    table = find_costs(settings.costs)
     costs = cost_model(table)
-    each = 4 * costs.each("denoise", table.sizes[0], options.max_batch)
+    each = 4 * costs.each("denoise", table.sizes[0], settings.max_batch)
     rows = []
-    for waiting in map(int, options.waiting.split(",")):
+    for waiting in settings.waiting:
         for name, policy, deadline in (
             ("request", "request", None),
             ("step, fixed", "step", None),
             ("step, auto", "step", 0.75 * waiting * each),
         ):
-            scheduler = POLICIES[policy](costs, options.max_batch)
-            warm = options.calls // 10
-            spent = sorted(edges(scheduler, table.sizes[0], waiting, options.calls + warm, deadline)[warm:])
+            scheduler = POLICIES[policy](costs, settings.max_batch)
+            warm = settings.calls // 10
+            spent = sorted(edges(scheduler, table.sizes[0], waiting, settings.calls + warm, deadline)[warm:])
             at = {f"p{share} µs": round(spent[len(spent) * share // 100], 1) for share in (50, 99)}
             rows.append(
                 {"policy": name, "waiting": waiting, "mean µs": round(sum(spent) / len(spent), 1), **at}
             )
-    show("edges", rows, costs={"name": table.name, "source": table.source}, calls=options.calls)
-
-
-if __name__ == "__main__":
-    main()
+    show("edges", rows, costs={"name": table.name, "source": table.source}, calls=settings.calls)
+    return 0

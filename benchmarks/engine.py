@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from benchmarks.pictures import difference
 from benchmarks.report import percentiles, show
 from engines.base import Engine, EngineOptions, load_engine
 from engines.bundle import Bundle, load_bundle
@@ -95,7 +96,7 @@ def run(settings: EngineBenchSettings) -> int:
         torch=torch.__version__,
         bundle=bundle.manifest.name,
         max_difference={
-            steps: _worst(pictures[engine_name, steps], pictures["diffusers float32", steps])
+            steps: difference(pictures[engine_name, steps], pictures["diffusers float32", steps])
             for steps in settings.steps
         },
     )
@@ -208,7 +209,3 @@ def _rows(contenders: list[Contender]) -> list[Mapping[str, Any]]:
             }
         )
     return rows
-
-
-def _worst(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
-    return int(np.abs(a.astype(np.int16) - b.astype(np.int16)).max())

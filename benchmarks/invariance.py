@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from benchmarks.pictures import difference
 from benchmarks.report import percentiles, show
 from cdm_serve.settings import default_bundle
 from engines.base import Engine, EngineOptions, load_engine
@@ -116,8 +117,3 @@ def draw(engine: Engine, settings: InvarianceSettings, batch: int, first: int = 
     for sigma, sigma_next in pairwise(manifest.sigmas(settings.steps)):
         x, _ = engine.denoise(x, [sigma] * batch, [sigma_next] * batch, conditioning)
     return engine.decode(x)
-
-
-def difference(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
-    """The largest of a colour value, of 255."""
-    return int(np.abs(a.astype(np.int16) - b.astype(np.int16)).max())

@@ -47,6 +47,14 @@ COMMANDS = {
         extra="bench",
         epilog="cdm-bench invariance --groups 1,4,8",
     ),
+    "edges": Command(
+        "benchmarks.edges:EdgesSettings",
+        "benchmarks.edges:run",
+        "what a decision of the scheduler costs in CPU time, by the queue's length",
+        extra="bench",
+        epilog="cdm-bench edges --costs gpu-like --waiting 8,64,512",
+        user_errors=("benchmarks.server:ServerError",),
+    ),
     "simulate": Command(
         "benchmarks.simulate:SimulateSettings",
         "benchmarks.simulate:run",

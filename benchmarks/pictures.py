@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 
@@ -18,3 +20,8 @@ def problem_with(data: bytes, width: int, height: int, format: str) -> str:
     if size != (width, height):
         return "wrong_size"
     return "" if kind == format else "wrong_format"
+
+
+def difference(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
+    """The largest of a colour value between two pictures, of 255."""
+    return int(np.abs(a.astype(np.int16) - b.astype(np.int16)).max())

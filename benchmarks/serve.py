@@ -29,7 +29,7 @@ from benchmarks.openloop import transport
 from benchmarks.outcomes import KNEE, knees
 from benchmarks.plots import plot_sweep
 from benchmarks.report import show
-from benchmarks.server import Server
+from benchmarks.server import Server, flags_of
 from benchmarks.sweep import Sweep, fetch_info, progress
 
 START_TIMEOUT_S = 600.0
@@ -98,8 +98,7 @@ def _server(settings: ServeBenchSettings, policy: str) -> Server:
         "bundle": settings.bundle,
         "fake-costs": settings.fake_costs,
     }
-    flags = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
-    return Server(flags, timeout_s=START_TIMEOUT_S)
+    return Server(flags_of(given), timeout_s=START_TIMEOUT_S)
 
 
 async def _measure(settings: ServeBenchSettings, urls: Mapping[str, str]) -> int:

@@ -23,6 +23,11 @@ POLL_S = 0.005
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
 
 
+def flags_of(given: Mapping[str, object]) -> list[str]:
+    """`{"max-batch": 8, "bundle": None}` as `["--max-batch", "8"]`: what is None is left out."""
+    return [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
+
+
 class ServerError(Exception):
     """The server did not come up, or answered something else than a picture. Carries what it printed last."""
 

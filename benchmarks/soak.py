@@ -26,7 +26,7 @@ from benchmarks.arrivals import poisson
 from benchmarks.balance import COUNTED, DEPTHS, totals, trouble, unbalanced
 from benchmarks.callers import GOOD, Callers
 from benchmarks.report import show
-from benchmarks.server import Server, ServerError
+from benchmarks.server import Server, ServerError, flags_of
 from benchmarks.vitals import Vitals
 from benchmarks.wire import Wire, get, post
 from engines.cli import CommandSettings
@@ -106,8 +106,7 @@ def _server(settings: SoakSettings) -> Server:
         "embedding-cache": EMBEDDINGS,
         "log-level": "warning",
     }
-    flags = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
-    return Server(flags, timeout_s=START_TIMEOUT_S)
+    return Server(flags_of(given), timeout_s=START_TIMEOUT_S)
 
 
 class _Soak:

@@ -1,6 +1,6 @@
 """An order in, encoded pictures out: one model, as every HTTP API stands on it. Lives on the event loop.
 
-service = Service(settings, engine, Metrics())
+service = Service(settings, engine, metrics, Safety(None, None, metrics))
 async with service:
     made = await service.generate(service.limits.order(request))
     made[0].data                                 # PNG bytes
@@ -63,7 +63,7 @@ class Service:
         settings: ServeSettings,
         engine: Engine,
         metrics: Metrics,
-        safety: Safety | None = None,
+        safety: Safety,
         costs: CostModel | None = None,
         turns: AbstractContextManager[None] | None = None,
         tracing: Tracing | None = None,
@@ -75,7 +75,7 @@ class Service:
         """When it began to be served, in seconds since 1970: a bundle does not say when it was made."""
         self.limits = Limits.of(settings, engine.manifest)
         self.metrics = metrics
-        self.safety = Safety(settings.block_list, settings.safety_hook, metrics) if safety is None else safety
+        self.safety = safety
         self.costs = CostModel() if costs is None else costs
         self._cost_file = cost_file(engine)
         if self._cost_file is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class OpenVINOEngine(HostEngine):
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         super().__init__(bundle, options)
-        self._core = ov.Core()
+        self._core = core()
         self._graphs = {component: bundle.path(component) for component in COMPONENTS}
         self._read: dict[str, ov.Model] = {}
         self._precision = choose_precision(options.precision)
@@ -135,6 +136,16 @@ class OpenVINOEngine(HostEngine):
         """Free the compiled models."""
         self._requests.clear()
         self._single_request = self._time = None
+
+
+@cache
+def core() -> ov.Core:
+    """The process's only one, kept to its end.
+
+    The CPU plugin gives the thread that makes its first model an alternate signal stack, and unmaps that with the core:
+    freed on another thread, as an unloaded engine is, it would leave a stack that the next signal dies on.
+    """
+    return ov.Core()
 
 
 def choose_precision(asked: str, cpuinfo: Path = CPUINFO) -> str:

@@ -156,6 +156,17 @@ def knees() -> str:
     return _table(header, cells)
 
 
+def curve() -> str:
+    """What an engine call costs by its batch, as the server of the sweep measured it."""
+    costs = _json_line("serve.txt")["costs"]
+    batches = sorted({row["batch"] for row in costs})
+    cells = []
+    for stage in dict.fromkeys(row["stage"] for row in costs):
+        of = {row["batch"]: row["seconds"] * 1e3 for row in costs if row["stage"] == stage}
+        cells.append([stage, *(f"{of[batch]:.1f}" for batch in batches), f"{of[batches[-1]] / of[1]:.1f}×"])
+    return _table(("ms, by batch", *map(str, batches), f"{batches[-1]} against 1"), cells)
+
+
 def sweep() -> str:
     """Goodput and tail over the sweep of rates, measured."""
     rows = _json_line("serve.txt")["rows"]
@@ -191,7 +202,7 @@ def coldstart() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality, "goals": goals, "engine": engine, "parity": parity, "http": http, "surface": surface,
-    "knees": knees, "sweep": sweep,
+    "knees": knees, "sweep": sweep, "curve": curve,
     "invariance": invariance,
     "coldstart": coldstart,
 }  # fmt: skip
