@@ -19,8 +19,11 @@ Bucket = Hashable
 """What must be equal for two pictures to share a call. Text has no shape: `encode` is recorded under `TEXT`."""
 TEXT: Bucket = ()
 
-NEWEST = 0.2
-"""Weight of the newest span: a change of load shows within a few calls, one outlier does not."""
+LOAD, SHAPE = 0.1, 0.05
+"""Weights of the newest span: in how much slower the stage is now than its curve, and in the curve's own point. What
+else the machine does makes all batches slower, those too that are rarely called."""
+OUTLIER = 2.0
+"""A span counts as at most so many times what was expected: a pause is no cost of the call that it fell into."""
 
 
 class CostModel:
@@ -28,14 +31,21 @@ class CostModel:
 
     def __init__(self) -> None:
         self._curves: dict[tuple[Stage, Bucket], tuple[tuple[int, float], ...]] = {}
+        self._loads: dict[Stage, float] = {}
         self._derived: dict[tuple[object, ...], float] = {}
 
     def record(self, stage: Stage, bucket: Bucket, batch: int, seconds: float) -> None:
         """Take one measured call in."""
         assert batch >= 1
+        load = self._loads.get(stage, 1.0)
         curve = dict(self._curves.get((stage, bucket), ()))
-        known = curve.get(batch, seconds)
-        curve[batch] = known + NEWEST * (seconds - known)
+        known = curve.get(batch, 0.0)
+        if known:
+            seconds = min(seconds, OUTLIER * load * known)
+            load = self._loads[stage] = load + LOAD * (seconds / known - load)
+            curve[batch] = known + SHAPE * (seconds / load - known)
+        else:
+            curve[batch] = seconds / load
         self._curves[stage, bucket] = tuple(sorted(curve.items()))
         self._derived = {}
 
@@ -47,7 +57,7 @@ class CostModel:
         return known
 
     def _interpolated(self, stage: Stage, bucket: Bucket, batch: int) -> float:
-        curve = self._curves.get((stage, bucket))
+        curve = self._curve(stage, bucket)
         if not curve:
             return 0.0
         below = [point for point in curve if point[0] <= batch]
@@ -88,10 +98,15 @@ class CostModel:
         """Everything measured: (stage, bucket, batch, seconds), sorted."""
         found = [
             (stage, bucket, batch, seconds)
-            for (stage, bucket), curve in list(self._curves.items())  # the runner may add one meanwhile
-            for batch, seconds in curve
+            for stage, bucket in list(self._curves)  # the runner may add one meanwhile
+            for batch, seconds in self._curve(stage, bucket)
         ]
         return sorted(found, key=lambda row: (STAGES.index(row[0]), repr(row[1]), row[2]))
+
+    def _curve(self, stage: Stage, bucket: Bucket) -> list[tuple[int, float]]:
+        """(batch, seconds), as under the present load."""
+        load = self._loads.get(stage, 1.0)
+        return [(batch, load * seconds) for batch, seconds in self._curves.get((stage, bucket), ())]
 
     @classmethod
     def of(cls, rows: Iterable[tuple[Stage, Bucket, int, float]]) -> CostModel:

@@ -17,9 +17,12 @@ from math import inf
 from cdm_serve.costs import TEXT, Bucket, CostModel
 from cdm_serve.tasks import Task
 
-BROKEN = 0.02
-"""The share of deadlines that predictions may break: fewer would refuse what could have been served."""
-LEARN = 0.05
+BROKEN = 0.005
+"""Lessons per deadline that predictions may lead to, each of a few that break: fewer would refuse what could have been
+served."""
+LEARN = 0.1
+PACE = 0.02
+"""Weight of the newest call in what not being full costs: fifty calls are about a second."""
 MOST = 2.0
 """The largest stretch: a pause of the whole machine makes everybody late, which says nothing about the next hour."""
 HALF_S = 60.0
@@ -36,6 +39,8 @@ class Forecast:
     def __init__(self, costs: CostModel, max_batch: int) -> None:
         self.stretch = 1.0
         self._at = 0.0
+        self._broke = -inf
+        self._slack = 1.0
         self._costs = costs
         self._max_batch = max_batch
         self._batch = 1
@@ -45,7 +50,9 @@ class Forecast:
 
     def look(self, waiting: int, steps: int, now: float) -> None:
         """Take the costs of this moment, with `waiting` pictures of so many steps in all."""
-        self.stretch = 1 + (self.stretch - 1) * 0.5 ** (max(0.0, now - self._at) / HALF_S)
+        kept = 0.5 ** (max(0.0, now - self._at) / HALF_S)
+        self.stretch = 1 + (self.stretch - 1) * kept
+        self._slack = 1 + (self._slack - 1) * kept
         self._at = now
         self._batch = max(1, min(waiting, self._max_batch))
         self._turnover = (self._batch - 1) * waiting / max(1, steps)
@@ -55,8 +62,24 @@ class Forecast:
         )
         self._shapes = {}
 
-    def learn(self, late: bool) -> None:
-        """Let predictions grow when deadlines break, and shrink when they hold, until `BROKEN` of them break."""
+    def spent(self, seconds: float, full: float) -> None:
+        """Take in that a call took `seconds`, when there was enough to fill it, for what full calls do in `full`.
+
+        Not every call is full then: some are decoded, some encoded, while the rest wait.
+        """
+        if full:
+            self._slack += PACE * (min(MOST, max(1.0, seconds / full)) - self._slack)
+
+    def learn(self, late: bool, arrival: float, now: float) -> None:
+        """Let predictions grow when deadlines break, and shrink when they hold, until `BROKEN` of them break.
+
+        Who came before the last break was let in by what was known then: the ten that one pause makes late are one
+        lesson.
+        """
+        if late and arrival < self._broke:
+            return
+        if late:
+            self._broke = now
         self.stretch = min(MOST, max(1.0, self.stretch + LEARN * (late - BROKEN)))
 
     def least(self, task: Task) -> float:
@@ -83,7 +106,7 @@ class Forecast:
                 if least < 1:
                     least = 1
             if not (task.encoded or task.running):
-                rest += self._encode[1]
+                rest += self._slack * self._encode[1]
             made.append((least, most, done, each, rest, pace, decode, task.deadline if task.live else inf))
         return made
 
@@ -135,5 +158,6 @@ class Forecast:
         each = self._costs.each("denoise", bucket, self._max_batch)
         decode = self._costs.each("decode", bucket, self._max_batch)
         pace = step + self._turnover * (self._encode[1] + decode)
-        found = self._shapes[bucket] = (step, pace, self._costs.seconds("decode", bucket, 1), each, decode)
+        alone = self._costs.seconds("decode", bucket, 1)
+        found = self._shapes[bucket] = (step, pace, alone, self._slack * each, self._slack * decode)
         return found

@@ -96,12 +96,39 @@ def test_others_calls_between_two_steps_are_counted() -> None:
 def test_stretch_grows_until_the_allowed_share_breaks() -> None:
     made = forecast()
     for i in range(1000):
-        made.learn(late=i % round(1 / BROKEN) == 0)
+        made.learn(i % round(1 / BROKEN) == 0, arrival=i, now=i + 0.5)
     steady = made.stretch
-    assert steady < 1.06
-    for _ in range(10):
-        made.learn(late=True)
-    assert made.stretch > steady + 0.4
-    for _ in range(10_000):
-        made.learn(late=False)
+    assert steady < 1.21
+    for i in range(1000, 1003):
+        made.learn(True, arrival=i, now=i + 0.5)
+    assert made.stretch > steady + 0.25
+    for i in range(10_000):
+        made.learn(False, arrival=2000 + i, now=2000.5 + i)
     assert made.stretch == 1.0
+
+
+def test_those_that_one_pause_makes_late_are_one_lesson() -> None:
+    made, lone = forecast(), forecast()
+    lone.learn(True, arrival=0.0, now=1.0)
+    for i in range(10):
+        made.learn(True, arrival=i / 20, now=1.0 + i / 100)
+    assert made.stretch == lone.stretch > 1.0
+    made.learn(True, arrival=1.5, now=2.0)  # let in after that
+    assert made.stretch > lone.stretch
+
+
+def test_what_calls_that_are_not_full_cost_is_counted_for_the_queue() -> None:
+    made = forecast()
+    order = [task(i, 4, inf, None, 0, True) for i in range(40)]
+
+    def last() -> float:
+        made.look(len(order), 160, 0.0)
+        return list(made.finishes(made.rows(order), 0.0, 8))[-1]
+
+    before = last()
+    for _ in range(400):
+        made.spent(1.5, 1.0)
+    assert last() == pytest.approx(1.5 * before, rel=0.01)
+    for _ in range(400):
+        made.spent(0.5, 1.0)  # whatever was measured wrongly: nothing is better than full calls
+    assert last() == pytest.approx(before, rel=0.01)

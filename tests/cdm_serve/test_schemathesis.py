@@ -61,8 +61,8 @@ CREDENTIALS = ("authorization", "x-api-key")
 # What a valid body may still be refused for, because JSON Schema cannot say it: `fields` that exclude each other,
 # a size as a pair, a prompt of nothing but blanks; and 2.0, which JSON Schema calls an integer and we do not.
 INEXPRESSIBLE = re.compile(
-    r"goes with stream=true; |cannot be streamed|goes with steps=\"auto\"; |carries one picture|prompt is empty|"
-    r"is not a size of this model|=-?\d+\.0\S* must be an integer"
+    r"goes with stream=true; |cannot be streamed|goes with (num_inference_)?steps=\"auto\"; |carries one picture|"
+    r"prompt is empty|is not a size of this model|=-?\d+\.0\S* must be an integer"
 )
 # Where valid data is refused for what no schema could know: tensor sizes that follow from shapes, folders on a
 # disk, the last model.
