@@ -10,7 +10,7 @@ The runner's thread writes; others may read: a table's entry is replaced, never 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Literal, get_args
 
 Stage = Literal["encode", "denoise", "decode"]
@@ -30,15 +30,16 @@ class CostModel:
     """Moving averages of real spans by stage, bucket and batch. 0 where nothing was measured."""
 
     def __init__(self) -> None:
-        self._curves: dict[tuple[Stage, Bucket], tuple[tuple[int, float], ...]] = {}
+        self._curves: dict[tuple[Stage, Bucket], dict[int, float]] = {}
         self._loads: dict[Stage, float] = {}
-        self._derived: dict[tuple[object, ...], float] = {}
+        self._between: dict[tuple[Stage, Bucket, int], float] = {}
+        self._each: dict[tuple[Stage, Bucket, int], float] = {}
 
     def record(self, stage: Stage, bucket: Bucket, batch: int, seconds: float) -> None:
         """Take one measured call in."""
         assert batch >= 1
         load = self._loads.get(stage, 1.0)
-        curve = dict(self._curves.get((stage, bucket), ()))
+        curve = dict(self._curves.get((stage, bucket), {}))
         known = curve.get(batch, 0.0)
         if known:
             seconds = min(seconds, OUTLIER * load * known)
@@ -46,30 +47,20 @@ class CostModel:
             curve[batch] = known + SHAPE * (seconds / load - known)
         else:
             curve[batch] = seconds / load
-        self._curves[stage, bucket] = tuple(sorted(curve.items()))
-        self._derived = {}
+        self._curves[stage, bucket] = curve
+        self._between, self._each = {}, {}
 
     def seconds(self, stage: Stage, bucket: Bucket, batch: int) -> float:
         """Of one call: measured, or on the line between the nearest batches; outside of them, per picture as there."""
-        known = self._derived.get((stage, bucket, batch))
-        if known is None:
-            known = self._derived[stage, bucket, batch] = self._interpolated(stage, bucket, batch)
-        return known
-
-    def _interpolated(self, stage: Stage, bucket: Bucket, batch: int) -> float:
-        curve = self._curve(stage, bucket)
-        if not curve:
+        curve = self._curves.get((stage, bucket))
+        if curve is None:
             return 0.0
-        below = [point for point in curve if point[0] <= batch]
-        above = [point for point in curve if point[0] >= batch]
-        if not above:
-            size, seconds = curve[-1]
-            return seconds * batch / size
-        if not below:
-            size, seconds = curve[0]
-            return seconds * batch / size
-        (low, a), (high, b) = below[-1], above[0]
-        return a if low == high else a + (b - a) * (batch - low) / (high - low)
+        known = curve.get(batch)
+        if known is None:
+            known = self._between.get((stage, bucket, batch))
+            if known is None:
+                known = self._between[stage, bucket, batch] = _interpolated(curve, batch)
+        return known * self._loads.get(stage, 1.0)
 
     def best_batch(self, stage: Stage, bucket: Bucket, waiting: int, limit: int) -> int:
         """The batch b ≤ min(waiting, limit) under which `waiting` pictures leave the stage soonest on average.
@@ -88,25 +79,20 @@ class CostModel:
 
     def each(self, stage: Stage, bucket: Bucket, limit: int) -> float:
         """Seconds per picture in a queue of `limit` or more: what everybody ahead costs whoever waits."""
-        known = self._derived.get(("each", stage, bucket, limit))
+        known = self._each.get((stage, bucket, limit))
         if known is None:
             batch = self.best_batch(stage, bucket, limit, limit)
-            known = self._derived["each", stage, bucket, limit] = self.seconds(stage, bucket, batch) / batch
+            known = self._each[stage, bucket, limit] = self.seconds(stage, bucket, batch) / batch
         return known
 
     def rows(self) -> list[tuple[Stage, Bucket, int, float]]:
         """Everything measured: (stage, bucket, batch, seconds), sorted."""
         found = [
-            (stage, bucket, batch, seconds)
-            for stage, bucket in list(self._curves)  # the runner may add one meanwhile
-            for batch, seconds in self._curve(stage, bucket)
+            (stage, bucket, batch, self.seconds(stage, bucket, batch))
+            for (stage, bucket), curve in list(self._curves.items())  # the runner may add one meanwhile
+            for batch in curve
         ]
         return sorted(found, key=lambda row: (STAGES.index(row[0]), repr(row[1]), row[2]))
-
-    def _curve(self, stage: Stage, bucket: Bucket) -> list[tuple[int, float]]:
-        """(batch, seconds), as under the present load."""
-        load = self._loads.get(stage, 1.0)
-        return [(batch, load * seconds) for batch, seconds in self._curves.get((stage, bucket), ())]
 
     @classmethod
     def of(cls, rows: Iterable[tuple[Stage, Bucket, int, float]]) -> CostModel:
@@ -115,3 +101,13 @@ class CostModel:
         for stage, bucket, batch, seconds in rows:
             costs.record(stage, bucket, batch, seconds)
         return costs
+
+
+def _interpolated(curve: Mapping[int, float], batch: int) -> float:
+    below = [size for size in curve if size <= batch]
+    above = [size for size in curve if size >= batch]
+    if not (below and above):  # outside of what was measured
+        nearest = max(below) if below else min(above)
+        return curve[nearest] * batch / nearest
+    low, high = max(below), min(above)
+    return curve[low] + (curve[high] - curve[low]) * (batch - low) / (high - low)
