@@ -19,9 +19,10 @@ Bucket = Hashable
 """What must be equal for two pictures to share a call. Text has no shape: `encode` is recorded under `TEXT`."""
 TEXT: Bucket = ()
 
-LOAD, SHAPE = 0.1, 0.05
-"""Weights of the newest span: in how much slower the stage is now than its curve, and in the curve's own point. What
-else the machine does makes all batches slower, those too that are rarely called."""
+NEWEST = 0.1
+"""Weight of the newest span: a change of load shows within some calls, what is rarely called stays promising."""
+EQUAL = 1.05
+"""Means that differ by less are equal: spans vary by more."""
 OUTLIER = 2.0
 """A span counts as at most so many times what was expected: a pause is no cost of the call that it fell into."""
 
@@ -31,22 +32,15 @@ class CostModel:
 
     def __init__(self) -> None:
         self._curves: dict[tuple[Stage, Bucket], dict[int, float]] = {}
-        self._loads: dict[Stage, float] = {}
         self._between: dict[tuple[Stage, Bucket, int], float] = {}
         self._each: dict[tuple[Stage, Bucket, int], float] = {}
 
     def record(self, stage: Stage, bucket: Bucket, batch: int, seconds: float) -> None:
         """Take one measured call in."""
         assert batch >= 1
-        load = self._loads.get(stage, 1.0)
         curve = dict(self._curves.get((stage, bucket), {}))
         known = curve.get(batch, 0.0)
-        if known:
-            seconds = min(seconds, OUTLIER * load * known)
-            load = self._loads[stage] = load + LOAD * (seconds / known - load)
-            curve[batch] = known + SHAPE * (seconds / load - known)
-        else:
-            curve[batch] = seconds / load
+        curve[batch] = known + NEWEST * (min(seconds, OUTLIER * known) - known) if known else seconds
         self._curves[stage, bucket] = curve
         self._between, self._each = {}, {}
 
@@ -60,22 +54,25 @@ class CostModel:
             known = self._between.get((stage, bucket, batch))
             if known is None:
                 known = self._between[stage, bucket, batch] = _interpolated(curve, batch)
-        return known * self._loads.get(stage, 1.0)
+        return known
 
-    def best_batch(self, stage: Stage, bucket: Bucket, waiting: int, limit: int) -> int:
+    def best_batch(self, stage: Stage, bucket: Bucket, waiting: float, limit: int) -> int:
         """The batch b ≤ min(waiting, limit) under which `waiting` pictures leave the stage soonest on average.
 
         In batches of b, the k-th batch ends after k·c(b): the mean is (n·c(b)/b + c(b))/2. The first term is
-        throughput, the second what the members of a batch wait for each other. A batch grows while that falls.
+        throughput, the second what the members of a batch wait for each other. A batch grows while that falls; with
+        more than four full batches to come, also where it is as good as equal.
         """
         assert waiting >= 1
         assert limit >= 1
-
-        def mean(batch: int) -> float:
+        means = []
+        for batch in range(1, min(int(waiting), limit) + 1):
             seconds = self.seconds(stage, bucket, batch)
-            return waiting * seconds / batch + seconds
-
-        return min(range(1, min(waiting, limit) + 1), key=mean)
+            means.append(waiting * seconds / batch + seconds)
+        best = min(means)
+        if waiting <= 4 * limit:
+            return means.index(best) + 1
+        return max(batch for batch, mean in enumerate(means, 1) if mean <= EQUAL * best)
 
     def each(self, stage: Stage, bucket: Bucket, limit: int) -> float:
         """Seconds per picture in a queue of `limit` or more: what everybody ahead costs whoever waits."""

@@ -26,11 +26,11 @@ from math import inf
 
 from cdm_serve.costs import STAGES, TEXT, Bucket, CostModel, Stage
 from cdm_serve.forecast import Forecast
+from cdm_serve.inflow import Inflow
 from cdm_serve.tasks import Call, Task
 
-CROWD = 4
-"""Pictures for whom a second saved now is saved, for each that is here: 1 / (1 - ρ), as many as come before a queue is
-empty at ρ = 0.75. With 1, batches stay small until it is long; from 2 to 20 little changes (benchmarks/LOG.md)."""
+BUSIEST = 0.75
+"""The highest load that is believed: what was accepted in a rush is not for ever."""
 
 
 class Scheduler:
@@ -48,6 +48,7 @@ class Scheduler:
         self._began: dict[Call, float] = {}
         self._since: float | None = None  # when the last call ended, if there has been work ever since
         self._cap = 1
+        self._inflow = Inflow()
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -59,6 +60,7 @@ class Scheduler:
         assert task.id not in self._tasks
         task.planned = task.steps
         self._tasks[task.id] = task
+        self._inflow.add(self._work(task), task.arrival)
 
     def cancel(self, id: int) -> int:
         """Forget a picture; the steps it will not run, which is none if it is not here. A running step is not saved."""
@@ -202,7 +204,7 @@ class Scheduler:
         chosen = {task.id for task in group}
         newcomers = [task for task in group if not task.encoded]
         newcomers += [task for task in working if not task.encoded and task.id not in chosen]
-        return newcomers[: self._best("encode", TEXT, len(newcomers))]
+        return newcomers[: self._best("encode", TEXT, len(newcomers), now)]
 
     def _urgent(self, leader: Task, group: list[Task], now: float) -> bool:
         """Would `leader` miss a deadline that it can meet, because `group` is decoded first?"""
@@ -248,15 +250,22 @@ class Scheduler:
         """The first candidate and those of its shape that share its call, first in order first."""
         bucket = candidates[0].bucket
         group = [task for task in candidates if task.bucket == bucket]
-        batch = self._best(stage, bucket, len(group))
+        batch = self._best(stage, bucket, len(group), now)
         if 1 < batch < len(group):
             self._share(group, batch, now + self.costs.seconds(stage, bucket, batch))
         return group[:batch]
 
-    def _best(self, stage: Stage, bucket: Bucket, ready: int) -> int:
+    def _best(self, stage: Stage, bucket: Bucket, ready: int, now: float) -> int:
         """The batch for `ready` pictures. All in the system wait for the engine, wherever they stand, and so will those
-        who come before the queue is empty."""
-        return self.costs.best_batch(stage, bucket, CROWD * len(self._tasks), min(ready, self.max_batch))
+        who come before the queue is empty: at a load of ρ that makes n / (1 - ρ)."""
+        crowd = len(self._tasks) / (1 - min(BUSIEST, self._inflow.share(now)))
+        return self.costs.best_batch(stage, bucket, crowd, min(ready, self.max_batch))
+
+    def _work(self, task: Task) -> float:
+        """Seconds of the engine that a picture takes in full batches."""
+        each, full = self.costs.each, self.max_batch
+        text = 0.0 if task.encoded else each("encode", TEXT, full)
+        return text + task.steps * each("denoise", task.bucket, full) + each("decode", task.bucket, full)
 
     def _share(self, group: list[Task], batch: int, end: float) -> None:
         """Let the first without a deadline to meet into a full call that has none such, for the last who can wait."""

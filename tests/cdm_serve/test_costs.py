@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdm_serve.costs import TEXT, CostModel
+from cdm_serve.costs import EQUAL, TEXT, CostModel
 
 
 def curve(*points: tuple[int, float]) -> CostModel:
@@ -23,12 +23,12 @@ def test_cost_follows_the_load_and_survives_an_outlier() -> None:
     costs = curve((1, 1.0))
     costs.record("denoise", "x", 1, 10.0)
     assert 1.0 < costs.seconds("denoise", "x", 1) < 4.0
-    for _ in range(40):
+    for _ in range(80):
         costs.record("denoise", "x", 1, 10.0)
     assert costs.seconds("denoise", "x", 1) == pytest.approx(10.0, rel=0.01)
 
 
-@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=8), st.integers(1, 20), st.integers(1, 8))
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=8), st.integers(1, 40), st.integers(1, 8))
 def test_best_batch_is_the_one_of_least_mean_wait(seconds: list[float], waiting: int, limit: int) -> None:
     costs = curve(*enumerate(seconds, start=1))
     best = costs.best_batch("denoise", "x", waiting, limit)
@@ -38,8 +38,13 @@ def test_best_batch_is_the_one_of_least_mean_wait(seconds: list[float], waiting:
         # in proportion, as in the formula.
         return (waiting / batch + 1) * costs.seconds("denoise", "x", batch) / 2
 
-    assert 1 <= best <= min(waiting, limit)
-    assert mean(best) == pytest.approx(min(mean(batch) for batch in range(1, min(waiting, limit) + 1)))
+    means = {batch: mean(batch) for batch in range(1, min(waiting, limit) + 1)}
+    assert best in means
+    if waiting <= 4 * limit:
+        assert means[best] == pytest.approx(min(means.values()))
+    else:  # the largest of those as good as equal
+        assert means[best] <= EQUAL * min(means.values()) * (1 + 1e-9)
+        assert all(means[batch] > EQUAL * min(means.values()) * (1 - 1e-9) for batch in means if batch > best)
 
 
 def test_rows_are_the_model() -> None:
