@@ -73,6 +73,7 @@ load: $(TEST)/.installed ## the policies under load: real servers, a simulated G
 	$(BIN)/cdm-bench simulate $(SIMULATED) --costs gpu-like --steps 1,2,4,8 | tee $(RESULTS)/simulate-gpu-mixed.txt
 	$(BIN)/cdm-bench soak --minutes 30 --load 1.2 --out $(RUNS)/soak | tee $(RESULTS)/soak.txt
 	cp $(RUNS)/load/goodput.png docs/load.png
+	cp $(RUNS)/soak/vitals.png docs/soak.png
 	$(BIN)/python scripts/readme.py
 
 fuzz: $(TEST)/.installed ## Schemathesis against the served API, deep (an hour)
