@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
+from types import FrameType
 
 from engines.commands import Command, run_commands
 
@@ -78,8 +80,20 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the sub-command that `argv` (default: the process's arguments) begins with."""
-    return run_commands(COMMANDS, argv, "cdm-bench", "Measure engines and servers.")
+    """Run the sub-command that `argv` (default: the process's arguments) begins with.
+
+    SIGTERM ends it as Ctrl-C does: the servers that it has started are stopped.
+    """
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        return run_commands(COMMANDS, argv, "cdm-bench", "Measure engines and servers.")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    del frame
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

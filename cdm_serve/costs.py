@@ -5,7 +5,7 @@
     costs.seconds("denoise", (128, 128), 3)                    # between its measured neighbours
     costs.best_batch("denoise", (128, 128), waiting=9, limit=8)
 
-The runner's thread writes; others may read: a table's entry is replaced, never changed in place.
+The runner's thread writes; others may read: a curve is replaced, never changed in place.
 """
 
 from __future__ import annotations
@@ -35,38 +35,49 @@ class CostModel:
         self._between: dict[tuple[Stage, Bucket, int], float] = {}
         self._each: dict[tuple[Stage, Bucket, int], float] = {}
 
-    def record(self, stage: Stage, bucket: Bucket, batch: int, seconds: float) -> None:
-        """Take one measured call in."""
+    def record(
+        self, stage: Stage, bucket: Bucket, batch: int, seconds: float, undisturbed: bool = False
+    ) -> None:
+        """Take one measured call in.
+
+        `undisturbed`: measured while nothing else ran, as the warm-up does. What is known counts no more if that was
+        slower: it holds a compilation, or a load that real calls will soon show again.
+        """
         assert batch >= 1
         curve = dict(self._curves.get((stage, bucket), {}))
         known = curve.get(batch, 0.0)
-        curve[batch] = known + NEWEST * (min(seconds, OUTLIER * known) - known) if known else seconds
+        if not known or (undisturbed and seconds < known):
+            curve[batch] = seconds
+        else:
+            curve[batch] = known + NEWEST * (min(seconds, OUTLIER * known) - known)
         self._curves[stage, bucket] = curve
         self._between, self._each = {}, {}
 
     def seconds(self, stage: Stage, bucket: Bucket, batch: int) -> float:
         """Of one call: measured, or on the line between the nearest batches; outside of them, per picture as there."""
+        between = self._between  # first: what is derived from an old curve goes to the old values
         curve = self._curves.get((stage, bucket))
         if curve is None:
             return 0.0
         known = curve.get(batch)
         if known is None:
-            known = self._between.get((stage, bucket, batch))
+            known = between.get((stage, bucket, batch))
             if known is None:
-                known = self._between[stage, bucket, batch] = _interpolated(curve, batch)
+                known = between[stage, bucket, batch] = _interpolated(curve, batch)
         return known
 
     def best_batch(self, stage: Stage, bucket: Bucket, waiting: float, limit: int) -> int:
         """The batch b ≤ min(waiting, limit) under which `waiting` pictures leave the stage soonest on average.
 
         In batches of b, the k-th batch ends after k·c(b): the mean is (n·c(b)/b + c(b))/2. The first term is
-        throughput, the second what the members of a batch wait for each other. A batch grows while that falls; with
-        more than four full batches to come, also where it is as good as equal.
+        throughput, the second what the members of a batch wait for each other. A batch grows while that falls; where
+        more than four times `limit` wait, also where it is as good as equal. No batch is larger than what was measured.
         """
         assert waiting >= 1
         assert limit >= 1
+        most = max(self._curves.get((stage, bucket), {}), default=1)
         means = []
-        for batch in range(1, min(int(waiting), limit) + 1):
+        for batch in range(1, min(int(waiting), limit, most) + 1):
             seconds = self.seconds(stage, bucket, batch)
             means.append(waiting * seconds / batch + seconds)
         best = min(means)
@@ -85,9 +96,9 @@ class CostModel:
     def rows(self) -> list[tuple[Stage, Bucket, int, float]]:
         """Everything measured: (stage, bucket, batch, seconds), sorted."""
         found = [
-            (stage, bucket, batch, self.seconds(stage, bucket, batch))
+            (stage, bucket, batch, seconds)
             for (stage, bucket), curve in list(self._curves.items())  # the runner may add one meanwhile
-            for batch in curve
+            for batch, seconds in curve.items()
         ]
         return sorted(found, key=lambda row: (STAGES.index(row[0]), repr(row[1]), row[2]))
 

@@ -5,8 +5,9 @@
     forecast.least(task)                                   # seconds, if it is in every call from now on
     forecast.cap(forecast.rows(order), 3.0, 0.01, 4, 8)    # steps; 0.01: seconds until the running call ends
 
-A picture is finished after what is before it in order, served in full batches, and never before it would be if it were
-in every call. Both are stretched by what deadlines have taught.
+A picture is finished after what is before it in order, served in full batches and as much later than those as queues
+have lately been, and never before it would be if it were in every call. Both are stretched by what deadlines have
+taught.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ BROKEN = 0.005
 served."""
 LEARN = 0.1
 PACE = 0.02
-"""Weight of the newest call in what not being full costs: fifty calls are about a second."""
+"""Weight of the newest call in what the queue takes beyond full calls."""
 MOST = 2.0
-"""The largest stretch: a pause of the whole machine makes everybody late, which says nothing about the next hour."""
+"""The most by which predictions grow in all: a pause of the whole machine makes everybody late, which says nothing
+about the next hour."""
 HALF_S = 60.0
 """Seconds in which a lesson loses half its weight: who is refused teaches nothing, so time must."""
 
@@ -40,7 +42,7 @@ class Forecast:
         self.stretch = 1.0
         self._at = 0.0
         self._broke = -inf
-        self._slack = 1.0
+        self._slack = self._wide = 1.0
         self._costs = costs
         self._max_batch = max_batch
         self._batch = 1
@@ -54,6 +56,7 @@ class Forecast:
         self.stretch = 1 + (self.stretch - 1) * kept
         self._slack = 1 + (self._slack - 1) * kept
         self._at = now
+        self._wide = min(self._slack, MOST / self.stretch)
         self._batch = max(1, min(waiting, self._max_batch))
         self._turnover = (self._batch - 1) * waiting / max(1, steps)
         self._encode = (
@@ -63,9 +66,11 @@ class Forecast:
         self._shapes = {}
 
     def spent(self, seconds: float, full: float) -> None:
-        """Take in that a call took `seconds`, when there was enough to fill it, for what full calls do in `full`.
+        """Take in that a call, with its wait before it, took `seconds` when there was enough to fill it, for what full
+        calls of the cost model do in `full`.
 
-        Not every call is full then: some are decoded, some encoded, while the rest wait.
+        It is more where calls are not full, begin late, or are slower than usual. Never less than 1 each, so that what
+        varies leaves a margin.
         """
         if full:
             self._slack += PACE * (min(MOST, max(1.0, seconds / full)) - self._slack)
@@ -106,7 +111,7 @@ class Forecast:
                 if least < 1:
                     least = 1
             if not (task.encoded or task.running):
-                rest += self._slack * self._encode[1]
+                rest += self._wide * self._encode[1]
             made.append((least, most, done, each, rest, pace, decode, task.deadline if task.live else inf))
         return made
 
@@ -159,5 +164,5 @@ class Forecast:
         decode = self._costs.each("decode", bucket, self._max_batch)
         pace = step + self._turnover * (self._encode[1] + decode)
         alone = self._costs.seconds("decode", bucket, 1)
-        found = self._shapes[bucket] = (step, pace, alone, self._slack * each, self._slack * decode)
+        found = self._shapes[bucket] = (step, pace, alone, self._wide * each, self._wide * decode)
         return found

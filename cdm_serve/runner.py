@@ -95,7 +95,7 @@ class Runner:
                         raise _infeasible(task, excess, now)
                     picture.mark = self._busy_by(now)
                     self._scheduler.add(task)
-                    undo.callback(self._scheduler.cancel, picture.id)
+                    undo.callback(self._scheduler.withdraw, picture.id)
                 undo.pop_all()
             self._pictures.update((picture.id, picture) for picture in pictures)
             self._metrics.queue_depth.inc(len(pictures))

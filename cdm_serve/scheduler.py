@@ -15,8 +15,8 @@ The policy, at every edge between two engine calls:
 3. What is one decoding away from being finished goes first, unless the leader would miss its deadline by that, or a
    later call together with those who will be ready then saves everybody more time than it costs.
 4. The leader's step takes along pictures of its shape at any step of any schedule, newcomers too (their text is
-   encoded first), while the cost model says that it pays for all who wait. One place of a full call goes to the first
-   who has no deadline to meet, in the place of somebody whose own can wait for the next call.
+   encoded first), while the cost model says that it pays for all who wait and will come meanwhile. One place of a full
+   call goes to the first who has no deadline to meet, in the place of somebody whose own can wait for the next call.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ class Scheduler:
         task.planned = task.steps
         self._tasks[task.id] = task
         self._inflow.add(self._work(task), task.arrival)
+
+    def withdraw(self, id: int) -> None:
+        """Undo the `add` of a picture that is not let in after all."""
+        task = self._tasks.pop(id)
+        self._inflow.take_back(self._work(task))
 
     def cancel(self, id: int) -> int:
         """Forget a picture; the steps it will not run, which is none if it is not here. A running step is not saved."""
@@ -262,7 +267,7 @@ class Scheduler:
         return self.costs.best_batch(stage, bucket, crowd, min(ready, self.max_batch))
 
     def _work(self, task: Task) -> float:
-        """Seconds of the engine that a picture takes in full batches."""
+        """Seconds of the engine that a picture takes in full batches, in all the steps that it allows."""
         each, full = self.costs.each, self.max_batch
         text = 0.0 if task.encoded else each("encode", TEXT, full)
         return text + task.steps * each("denoise", task.bucket, full) + each("decode", task.bucket, full)

@@ -155,7 +155,7 @@ class Stages:
                 started = time.perf_counter()
                 call()
                 seconds.append(time.perf_counter() - started)
-        self.costs.record(stage, bucket, batch, min(seconds))
+        self.costs.record(stage, bucket, batch, min(seconds), undisturbed=True)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, height, width) in latent pixels of a picture in pixels."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdm_serve.costs import EQUAL, TEXT, CostModel
+from cdm_serve.costs import EQUAL, NEWEST, TEXT, CostModel
 
 
 def curve(*points: tuple[int, float]) -> CostModel:
@@ -22,7 +22,7 @@ def test_unmeasured_batches_lie_on_the_line_and_beyond_it_cost_per_picture() -> 
 def test_cost_follows_the_load_and_survives_an_outlier() -> None:
     costs = curve((1, 1.0))
     costs.record("denoise", "x", 1, 10.0)
-    assert 1.0 < costs.seconds("denoise", "x", 1) < 4.0
+    assert 1.0 < costs.seconds("denoise", "x", 1) <= 1 + NEWEST + 1e-9  # as if it had been twice as long
     for _ in range(80):
         costs.record("denoise", "x", 1, 10.0)
     assert costs.seconds("denoise", "x", 1) == pytest.approx(10.0, rel=0.01)
@@ -38,13 +38,27 @@ def test_best_batch_is_the_one_of_least_mean_wait(seconds: list[float], waiting:
         # in proportion, as in the formula.
         return (waiting / batch + 1) * costs.seconds("denoise", "x", batch) / 2
 
-    means = {batch: mean(batch) for batch in range(1, min(waiting, limit) + 1)}
+    means = {batch: mean(batch) for batch in range(1, min(waiting, limit, len(seconds)) + 1)}
     assert best in means
     if waiting <= 4 * limit:
         assert means[best] == pytest.approx(min(means.values()))
     else:  # the largest of those as good as equal
         assert means[best] <= EQUAL * min(means.values()) * (1 + 1e-9)
         assert all(means[batch] > EQUAL * min(means.values()) * (1 - 1e-9) for batch in means if batch > best)
+
+
+def test_no_batch_is_larger_than_what_was_measured() -> None:
+    """A request that is served in the middle of the warm-up must not pay for compiling the rest of it."""
+    assert CostModel().best_batch("denoise", "x", 100, 8) == 1
+    assert curve((1, 1.0), (2, 1.1)).best_batch("denoise", "x", 100, 8) == 2
+
+
+def test_warm_up_replaces_what_held_a_compilation_and_keeps_what_was_faster() -> None:
+    costs = curve((1, 9.0))
+    costs.record("denoise", "x", 1, 1.0, undisturbed=True)
+    assert costs.seconds("denoise", "x", 1) == 1.0
+    costs.record("denoise", "x", 1, 1.5, undisturbed=True)
+    assert costs.seconds("denoise", "x", 1) == pytest.approx(1 + NEWEST * 0.5)
 
 
 def test_rows_are_the_model() -> None:

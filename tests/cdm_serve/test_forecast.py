@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdm_serve.costs import TEXT, CostModel
-from cdm_serve.forecast import BROKEN, Forecast
+from cdm_serve.forecast import BROKEN, MOST, Forecast
 from cdm_serve.tasks import Task
 
 ENCODE, CALL, EACH, DECODE = 0.1, 1.0, 0.2, 0.5
@@ -105,6 +105,22 @@ def test_stretch_grows_until_the_allowed_share_breaks() -> None:
     for i in range(10_000):
         made.learn(False, arrival=2000 + i, now=2000.5 + i)
     assert made.stretch == 1.0
+
+
+def test_predictions_grow_to_twice_and_no_further() -> None:
+    made = forecast(max_batch=1)
+    order = [task(i, 4, inf, None, 0, True) for i in range(40)]
+
+    def last() -> float:
+        made.look(len(order), 160, 10_000.0)
+        return list(made.finishes(made.rows(order), 0.0, 8))[-1]
+
+    before = last()
+    for i in range(100):
+        made.learn(True, arrival=10_000.0 + i / 50, now=10_000.01 + i / 50)
+        made.spent(5.0, 1.0)
+    assert made.stretch == MOST == 2.0
+    assert last() == pytest.approx(2 * before)
 
 
 def test_those_that_one_pause_makes_late_are_one_lesson() -> None:

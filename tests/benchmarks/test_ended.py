@@ -1,0 +1,41 @@
+"""A benchmark that is ended leaves no server behind, which would disturb the next one's figures."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PATIENCE_S = 60.0
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    return [int(child) for child in listed]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ended_benchmark_stops_the_servers_that_it_started(number: int, tmp_path: Path) -> None:
+    command = ["serve", "--engine", "fake", "--variants", "request,step", "--rates", "5", "--duration", "60"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.main", *command, "--out", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until = time.monotonic() + PATIENCE_S
+        while len(servers := children(process.pid)) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(PATIENCE_S) == 128 + number
+        assert not any(Path(f"/proc/{pid}").exists() for pid in servers)
+    finally:
+        process.kill()
+        process.wait()
