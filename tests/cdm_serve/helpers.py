@@ -63,8 +63,11 @@ class FixedCosts(CostModel):
         "encode": (1e-6, 1e-9), "denoise": (4e-6, 1e-7), "decode": (1e-6, 1e-9)
     }  # fmt: skip
 
-    def record(self, stage: Stage, bucket: Bucket, batch: int, seconds: float) -> None:
-        del stage, bucket, batch, seconds
+    def record(
+        self, stage: Stage, bucket: Bucket, batch: int, seconds: float, undisturbed: bool = False
+    ) -> None:
+        del seconds, undisturbed
+        super().record(stage, bucket, batch, self.seconds(stage, bucket, batch))
 
     def seconds(self, stage: Stage, bucket: Bucket, batch: int) -> float:
         del bucket
