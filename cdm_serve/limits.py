@@ -204,12 +204,30 @@ class Limits:
             "enum": sorted({height for _, height in self.sizes}),
             "default": self.default_size[1],
         }
-        return {**schema, "properties": fields}
+        return {**schema, "properties": with_nulls(fields, schema["properties"])}
+
+
+NULL = {"type": "null"}
 
 
 def plain(field: dict[str, Any]) -> dict[str, Any]:
-    """Write an optional field as its type: leaving it out and null mean the same."""
-    options = [option for option in field.pop("anyOf", []) if option != {"type": "null"}]
-    plain = {key: value for key, value in field.items() if key != "title" and value is not None}
+    """Write an optional field as its type alone, for limits to be added; `with_nulls` comes last."""
+    options = [option for option in field.get("anyOf", []) if option != NULL]
+    plain = {
+        key: value for key, value in field.items() if key not in ("title", "anyOf") and value is not None
+    }
     # Several types show in their values (an enum), which the caller adds.
     return {**plain, **(options[0] if len(options) == 1 else {})}
+
+
+def with_nulls(fields: dict[str, Any], optional: dict[str, Any]) -> dict[str, Any]:
+    """`fields`, with null allowed where the model's own `optional` allow it: it means that the field is left out."""
+    made = {}
+    for name, field in fields.items():
+        made[name] = dict(field)
+        if NULL in optional[name].get("anyOf", []):
+            if isinstance(field.get("type"), str) and field["type"] != "null":
+                made[name]["type"] = [field["type"], "null"]
+            if "enum" in field:
+                made[name]["enum"] = [*field["enum"], None]
+    return made

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from cdm_serve.errors import InvalidRequest
-from cdm_serve.limits import MAX_DEADLINE_MS, MAX_PRIORITY, Limits, Order, plain
+from cdm_serve.limits import MAX_DEADLINE_MS, MAX_PRIORITY, Limits, Order, plain, with_nulls
 from cdm_serve.schemas import Format, GenerateRequest, listed, number, quoted
 from engines.base import Engine
 from engines.noise import MAX_SEED
@@ -210,4 +210,8 @@ def schema(limits: Limits) -> dict[str, Any]:
     fields["min_steps"] |= {"minimum": 1, "maximum": limits.default_steps, "default": 1}
     fields["deadline_ms"] |= {"minimum": 1, "maximum": MAX_DEADLINE_MS}
     fields["priority"] |= {"minimum": 0, "maximum": MAX_PRIORITY, "default": 0}
-    return {**document, "properties": fields, "example": {"prompt": "red apple", "n": 2}}
+    return {
+        **document,
+        "properties": with_nulls(fields, document["properties"]),
+        "example": {"prompt": "red apple", "n": 2},
+    }

@@ -13,10 +13,10 @@ function table(head, rows) {
 }
 
 function allowed(field) {
-  if (field.enum) return field.enum.join(", ");
+  if (field.enum) return field.enum.map((value) => value ?? "null").join(", ");
   if (field.maxLength) return `${field.minLength} to ${field.maxLength} characters`;
   if (field.maximum !== undefined) return `${field.minimum} to ${field.maximum}`;
-  return field.type;
+  return [field.type].flat().join(" or ");
 }
 
 function operation(path, method, spec) {

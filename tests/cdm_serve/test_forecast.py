@@ -107,20 +107,21 @@ def test_stretch_grows_until_the_allowed_share_breaks() -> None:
     assert made.stretch == 1.0
 
 
+def queue_ends(made: Forecast, now: float) -> float:
+    """Seconds until the last of forty pictures of four steps should be finished."""
+    order = [task(i, 4, inf, None, 0, True) for i in range(40)]
+    made.look(len(order), 160, now)
+    return list(made.finishes(made.rows(order), 0.0, 8))[-1]
+
+
 def test_predictions_grow_to_twice_and_no_further() -> None:
     made = forecast(max_batch=1)
-    order = [task(i, 4, inf, None, 0, True) for i in range(40)]
-
-    def last() -> float:
-        made.look(len(order), 160, 10_000.0)
-        return list(made.finishes(made.rows(order), 0.0, 8))[-1]
-
-    before = last()
+    before = queue_ends(made, 10_000.0)
     for i in range(100):
         made.learn(True, arrival=10_000.0 + i / 50, now=10_000.01 + i / 50)
         made.spent(5.0, 1.0)
     assert made.stretch == MOST == 2.0
-    assert last() == pytest.approx(2 * before)
+    assert queue_ends(made, 10_000.0) == pytest.approx(2 * before)
 
 
 def test_those_that_one_pause_makes_late_are_one_lesson() -> None:
@@ -135,16 +136,10 @@ def test_those_that_one_pause_makes_late_are_one_lesson() -> None:
 
 def test_what_calls_that_are_not_full_cost_is_counted_for_the_queue() -> None:
     made = forecast()
-    order = [task(i, 4, inf, None, 0, True) for i in range(40)]
-
-    def last() -> float:
-        made.look(len(order), 160, 0.0)
-        return list(made.finishes(made.rows(order), 0.0, 8))[-1]
-
-    before = last()
+    before = queue_ends(made, 0.0)
     for _ in range(400):
         made.spent(1.5, 1.0)
-    assert last() == pytest.approx(1.5 * before, rel=0.01)
+    assert queue_ends(made, 0.0) == pytest.approx(1.5 * before, rel=0.01)
     for _ in range(400):
         made.spent(0.5, 1.0)  # whatever was measured wrongly: nothing is better than full calls
-    assert last() == pytest.approx(before, rel=0.01)
+    assert queue_ends(made, 0.0) == pytest.approx(before, rel=0.01)

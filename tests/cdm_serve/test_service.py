@@ -287,7 +287,9 @@ def test_openapi_shows_this_servers_limits(serve: Callable[..., App]) -> None:
     document = app.client.get("/openapi.json").json()
     operation = document["paths"]["/generate"]["post"]
     fields = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
-    assert fields["steps"]["enum"] == [1, 2, 3, "auto"]
+    assert fields["steps"]["enum"] == [1, 2, 3, "auto", None]  # null: left out
+    assert fields["prompt"]["type"] == "string"
+    assert fields["deadline_ms"]["type"] == ["integer", "null"]
     assert fields["num_images"]["maximum"] == 5
     assert {"200", "400", "413", "415", "422", "429", "500", "503"} <= set(operation["responses"])
 

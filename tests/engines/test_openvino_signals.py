@@ -1,4 +1,4 @@
-"""An engine that is unloaded, as `POST /admin/models` does, leaves a process that signals still reach."""
+"""An engine that is unloaded, as `DELETE /admin/models` does it, leaves a process that signals still reach."""
 
 from __future__ import annotations
 
