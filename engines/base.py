@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,19 @@ class Engine(ABC):
         """Free what the runtime holds. The engine is not used afterwards; closing it again does nothing."""
 
 
+class GraphEngine(Engine):
+    """An engine that runs the bundle's own graphs, and can be held to them."""
+
+    @classmethod
+    @abstractmethod
+    def precisions(cls, bundle: Bundle) -> tuple[str, ...]:
+        """What `EngineOptions.precision` may ask for with this bundle on this machine, the default first."""
+
+    @abstractmethod
+    def run(self, component: str, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """Run one graph on whole batches, host arrays in and out: for comparison with torch, not for serving."""
+
+
 RUNTIMES: dict[str, str] = {
     "openvino": "engines.openvino:OpenVINOEngine",
     "onnxruntime": "engines.onnxruntime:OnnxRuntimeEngine",
@@ -140,14 +153,14 @@ def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
     raise RuntimeUnavailable("no runtime works here: " + "; ".join(reasons))
 
 
-def _load(name: str, bundle: Bundle, options: EngineOptions) -> Engine:
+def runtime_class(name: str) -> Any:
+    """The class of runtime `name`.
+
+    Raises:
+        RuntimeUnavailable: no such runtime, or its packages are missing here.
+    """
     if name not in RUNTIMES:
         raise RuntimeUnavailable(f"runtime={name!r} is unknown; allowed: auto, {', '.join(RUNTIMES)}")
-    if options.fake_costs is not None and name != "fake":
-        raise RuntimeUnavailable(
-            f"fake_costs={options.fake_costs} means nothing to {name}, whose calls take what they take; leave it out, "
-            "or choose the fake runtime"
-        )
     module_name, class_name = RUNTIMES[name].split(":")
     try:
         module = importlib.import_module(module_name)
@@ -155,5 +168,14 @@ def _load(name: str, bundle: Bundle, options: EngineOptions) -> Engine:
         raise RuntimeUnavailable(
             f"runtime {name!r} needs the package {error.name!r}, which is not installed"
         ) from error
-    engine: Engine = getattr(module, class_name)(bundle, options)
+    return getattr(module, class_name)
+
+
+def _load(name: str, bundle: Bundle, options: EngineOptions) -> Engine:
+    if name in RUNTIMES and options.fake_costs is not None and name != "fake":
+        raise RuntimeUnavailable(
+            f"fake_costs={options.fake_costs} means nothing to {name}, whose calls take what they take; leave it out, "
+            "or choose the fake runtime"
+        )
+    engine: Engine = runtime_class(name)(bundle, options)
     return engine

@@ -24,13 +24,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from engines.errors import BundleError
 from engines.files import sha256_file, write_text_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
-COMPONENTS = ("text_encoder", "denoiser", "decoder")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Names of text encoders, diffusers' own; a bundle has the first, or more of them in this order."""
 PROVENANCE = "provenance.json"
 """What training leaves in a student folder for the export: the fields of `Provenance` but `tools`."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Precision = Literal["float32", "bfloat16"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8"]
 
 
@@ -45,17 +47,43 @@ class TensorSpec(_Strict):
     shape: tuple[int | str, ...]
 
 
-class Parity(_Strict):
-    """The error of an exported component against float32 torch, for fresh random inputs at one batch size.
+class Size(_Strict):
+    """A picture size in pixels that this bundle may be asked for."""
 
-    `weights` says with which weights torch ran: those `stored` (what the graph itself gets wrong) or the `original`
-    ones (what storing them in fewer bits costs on top).
+    width: int = Field(ge=1)
+    height: int = Field(ge=1)
+
+
+class Parity(_Strict):
+    """The error of a component, as `runtime` runs it in `precision`, against float32 torch on fresh random inputs.
+
+    `weights` says with which weights torch ran: those `stored` in the float32 graph (what the graph itself gets wrong)
+    or the `original` ones (what fewer bits, stored or computed with, cost on top). `size` is that of the picture;
+    text encoders have none.
     """
 
+    runtime: str = "onnxruntime"
+    precision: str = "f32"
     weights: Literal["stored", "original"] = "stored"
     batch: int = Field(ge=1)
+    size: Size | None = None
     max_abs: float = Field(ge=0)
     rel_l2: float = Field(ge=0)
+
+
+class PictureParity(_Strict):
+    """Whole pictures, from token ids and noise to pixels, against float32 torch with the original weights.
+
+    `psnr` (dB, over all pictures of the batch; 99 if they are equal), `max_abs` of 255.
+    """
+
+    runtime: str
+    precision: str
+    size: Size
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    psnr: float
+    max_abs: int = Field(ge=0, le=255)
 
 
 class FileRef(_Strict):
@@ -74,24 +102,46 @@ class FileRef(_Strict):
         return value
 
 
-class Component(_Strict):
-    """One ONNX graph: its file, further files it needs (external weights), its tensors and its measured parity."""
+class Graph(_Strict):
+    """One ONNX graph: its file, further files it needs (external weights), and the opset it is written in."""
 
-    graph: FileRef
+    file: FileRef
     data: tuple[FileRef, ...] = ()
+    opset: int
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the graph and all its weights: what a compiled form of it is found by."""
+        return hashlib.sha256("\n".join(ref.sha256 for ref in (self.file, *self.data)).encode()).hexdigest()
+
+
+class Component(_Strict):
+    """One part of the model: its ONNX graph in each precision exported, its tensors and its measured parity.
+
+    The tensors are the same in every precision: a bfloat16 graph takes and gives float32, and casts inside.
+    """
+
+    graphs: dict[Precision, Graph] = Field(min_length=1)
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
-    opset: int
     parity: tuple[Parity, ...] = Field(min_length=1)
 
 
 class Tokenizer(_Strict):
-    """A `tokenizers` JSON file and how its ids become one `(batch, length)` int64 input of the text encoder."""
+    """A `tokenizers` JSON file and how its ids become one `(batch, length)` int64 input of a text encoder.
+
+    `length` counts everything: `prefix`, the prompt's own ids cut or padded to what is left, `suffix`. Where
+    `spell_quotes` holds, what stands in quotation marks is tokenized a character at a time (`engines/spelling.py`).
+    """
 
     file: FileRef
+    component: str
     input: str
     length: int = Field(ge=1)
     pad_id: int = Field(ge=0)
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    spell_quotes: bool = False
 
 
 class Latent(_Strict):
@@ -101,13 +151,6 @@ class Latent(_Strict):
     downscale: int = Field(ge=1)
     scaling_factor: float
     shift_factor: float
-
-
-class Size(_Strict):
-    """A picture size in pixels that this bundle may be asked for."""
-
-    width: int = Field(ge=1)
-    height: int = Field(ge=1)
 
 
 class Provenance(_Strict):
@@ -128,21 +171,24 @@ class Manifest(_Strict):
     format_version: int
     name: str = Field(min_length=1, max_length=128)
     family: str
-    precision: DType
-    components: dict[Literal["text_encoder", "denoiser", "decoder"], Component]
+    components: dict[str, Component]
     tokenizers: tuple[Tokenizer, ...] = Field(min_length=1)
     latent: Latent
+    text_lengths: dict[str, int] = Field(default_factory=dict)
+    """Tokens of each dimension named in text encoders' tensors, as serving always fills them."""
     sizes: tuple[Size, ...] = Field(min_length=1)
     default_size: Size
     schedules: dict[int, tuple[float, ...]]
     default_steps: int
     guidance: None = None
+    pictures: tuple[PictureParity, ...] = ()
     provenance: Provenance
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
-        if missing := [name for name in COMPONENTS if name not in self.components]:
-            raise ValueError(f"components lacks {', '.join(missing)}")
+        wanted = (*TEXT_ENCODERS[: max(1, len(self.components) - 2)], "denoiser", "decoder")
+        if set(self.components) != set(wanted):
+            raise ValueError(f"components are {sorted(self.components)}, not {sorted(wanted)}")
         for steps, sigmas in self.schedules.items():
             check_schedule(steps, sigmas)
         if self.default_steps not in self.schedules:
@@ -162,13 +208,19 @@ class Manifest(_Strict):
 
     def _tensors_meet(self) -> None:
         """Every tensor that one part gives is what the next one takes, by the names that engines use."""
-        text, denoiser, decoder = (self.components[name] for name in COMPONENTS)  # type: ignore[index]
+        denoiser, decoder = self.components["denoiser"], self.components["decoder"]
         inputs = [tokenizer.input for tokenizer in self.tokenizers]
         if len(set(inputs)) != len(inputs):
             raise ValueError(f"tokenizers fill {inputs}: one input twice")
+        if len(set(self.conditioning)) != len(self.conditioning):
+            raise ValueError(f"text encoders give {list(self.conditioning)}: one tensor twice")
+        filled = {
+            name: [spec.input for spec in self.tokenizers if spec.component == name]
+            for name in self.text_encoders
+        }
         for what, found, wanted in (
-            ("text_encoder takes", text.inputs, inputs),
-            ("denoiser takes", denoiser.inputs, ["x", "sigma", "sigma_next", *text.outputs]),
+            *((f"{name} takes", self.components[name].inputs, filled[name]) for name in self.text_encoders),
+            ("denoiser takes", denoiser.inputs, ["x", "sigma", "sigma_next", *self.conditioning]),
             ("denoiser gives", denoiser.outputs, ["x_next", "x0"]),
             ("decoder takes", decoder.inputs, ["x"]),
             ("decoder gives", decoder.outputs, ["image"]),
@@ -181,9 +233,23 @@ class Manifest(_Strict):
         return self.schedules[steps]
 
     @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Names of the components that read token ids, in order."""
+        return tuple(name for name in TEXT_ENCODERS if name in self.components)
+
+    @property
     def conditioning(self) -> tuple[str, ...]:
-        """Names of the tensors that go from the text encoder to the denoiser."""
-        return tuple(self.components["text_encoder"].outputs)
+        """Names of the tensors that go from the text encoders to the denoiser, in the denoiser's order."""
+        return tuple(name for encoder in self.text_encoders for name in self.components[encoder].outputs)
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """In which precisions every component is there."""
+        return tuple(
+            precision
+            for precision in ("float32", "bfloat16")
+            if all(precision in component.graphs for component in self.components.values())
+        )
 
 
 def check_schedule(steps: int, sigmas: tuple[float, ...]) -> None:
@@ -210,9 +276,19 @@ class Bundle:
     manifest: Manifest
     sha256: str
 
-    def path(self, component: str) -> Path:
-        """The ONNX file of `component` (`text_encoder`, `denoiser` or `decoder`)."""
-        return self.root / self.manifest.components[component].graph.file  # type: ignore[index]
+    def path(self, component: str, precision: Precision = "float32") -> Path:
+        """The ONNX file of `component` (`text_encoder`, …, `denoiser` or `decoder`).
+
+        Raises:
+            BundleError: it was not exported in that precision.
+        """
+        graphs = self.manifest.components[component].graphs
+        if precision not in graphs:
+            raise BundleError(
+                f"{self.root} has {component} in {', '.join(graphs)}, not in {precision}; export it again with "
+                f"--precisions {','.join([*graphs, precision])}"
+            )
+        return self.root / graphs[precision].file.file
 
 
 def file_ref(root: Path, path: Path) -> FileRef:
@@ -266,9 +342,9 @@ def load_bundle(root: Path) -> Bundle:
 
 def file_refs(manifest: Manifest) -> list[FileRef]:
     """Every file that the manifest names, graphs first."""
-    components = manifest.components.values()
-    refs = [component.graph for component in components]
-    refs += [ref for component in components for ref in component.data]
+    graphs = [graph for component in manifest.components.values() for graph in component.graphs.values()]
+    refs = [graph.file for graph in graphs]
+    refs += [ref for graph in graphs for ref in graph.data]
     return refs + [tokenizer.file for tokenizer in manifest.tokenizers]
 
 

@@ -1,6 +1,6 @@
 """Compiled models on disk, found again only if nothing that shaped them has changed.
 
-    cache = CompiledCache.open(options.cache_dir, bundle.sha256, runtime="openvino", version="2026.4.1", …)
+    cache = CompiledCache.open(options.cache_dir, "openvino", model=model_key(bundle.manifest), version="2026.4.1", …)
     blob = cache.load("denoiser-1x8x16x16")       # bytes, or None: not there, or damaged
     cache.store("denoiser-1x8x16x16", blob)
 
@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.bundle import Manifest, Precision
 from engines.files import remove_abandoned, write_atomically
 
 log = logging.getLogger("engines.cache")
@@ -30,28 +32,15 @@ class CompiledCache:
 
     @classmethod
     def open(
-        cls,
-        root: Path | None,
-        bundle_sha256: str,
-        *,
-        runtime: str,
-        version: str,
-        device: str,
-        precision: str,
-        threads: int,
+        cls, root: Path | None, runtime: str, **key: str | int | float | Sequence[str | int]
     ) -> CompiledCache:
-        """The folder under `root` for exactly this bundle, runtime, version, device, precision and thread count."""
+        """The folder under `root` for exactly this key: everything that shapes what the compiler makes.
+
+        That is the graphs and weights (`model_key`), the runtime's version, device, precision, shapes and threads.
+        """
         if root is None:
             return cls(None)
-        key = {
-            "bundle": bundle_sha256,
-            "runtime": runtime,
-            "version": version,
-            "device": device,
-            "precision": precision,
-            "threads": threads,
-        }
-        text = json.dumps(key, sort_keys=True, indent=2)
+        text = json.dumps({"runtime": runtime, **key}, sort_keys=True, indent=2)
         folder = root / f"{runtime}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         remove_abandoned(folder)
         cache = cls(folder)
@@ -93,3 +82,8 @@ class CompiledCache:
                 path,
                 error.strerror or error,
             )
+
+
+def model_key(manifest: Manifest, precision: Precision = "float32") -> list[str]:
+    """Hashes of all graphs and weights of one precision: what else a manifest says compiles to the same."""
+    return [component.graphs[precision].sha256 for component in manifest.components.values()]

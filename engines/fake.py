@@ -24,6 +24,7 @@ from engines.bundle import (
     FORMAT_VERSION,
     Bundle,
     Component,
+    Graph,
     Latent,
     Manifest,
     Parity,
@@ -226,14 +227,19 @@ def fake_manifest(
         format_version=FORMAT_VERSION,
         name=name,
         family="fake",
-        precision="float32",
         components={
             "text_encoder": _component(root, "text_encoder", {"input_ids": ids}, {"embedding": embedding}),
             "denoiser": _component(root, "denoiser", denoiser_inputs, {"x_next": latent, "x0": latent}),
             "decoder": _component(root, "decoder", {"x": latent}, {"image": picture}),
         },
         tokenizers=(
-            Tokenizer(file=file_ref(root, root / "tokenizer.json"), input="input_ids", length=77, pad_id=0),
+            Tokenizer(
+                file=file_ref(root, root / "tokenizer.json"),
+                component="text_encoder",
+                input="input_ids",
+                length=77,
+                pad_id=0,
+            ),
         ),
         latent=Latent(channels=4, downscale=8, scaling_factor=1.0, shift_factor=0.0),
         sizes=pictures,
@@ -256,7 +262,8 @@ def _component(
     path = root / f"{name}.onnx"
     path.write_bytes(b"")
     parity = Parity(batch=1, max_abs=0.0, rel_l2=0.0)
-    return Component(graph=file_ref(root, path), inputs=inputs, outputs=outputs, opset=1, parity=(parity,))
+    graph = Graph(file=file_ref(root, path), opset=1)
+    return Component(graphs={"float32": graph}, inputs=inputs, outputs=outputs, parity=(parity,))
 
 
 def _shifted(sigma: float, shift: float = 3.0) -> float:

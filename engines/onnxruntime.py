@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import onnxruntime as ort
 
 from engines.base import EngineInfo, EngineOptions
-from engines.bundle import COMPONENTS, Bundle
+from engines.bundle import Bundle
 from engines.errors import RuntimeUnavailable
 from engines.rows import Array, HostEngine
 
@@ -46,7 +46,7 @@ class OnnxRuntimeEngine(HostEngine):
             component: ort.InferenceSession(
                 str(bundle.path(component)), settings, providers=["CPUExecutionProvider"]
             )
-            for component in COMPONENTS
+            for component in bundle.manifest.components
         }
         self.info = EngineInfo(
             runtime="onnxruntime",
@@ -58,7 +58,11 @@ class OnnxRuntimeEngine(HostEngine):
             invariant_batch=options.invariant_batch,
         )
 
-    def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    @classmethod
+    def precisions(cls, bundle: Bundle) -> tuple[str, ...]:
+        return ("f32",)
+
+    def run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         session = self._sessions[component]
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))

@@ -21,8 +21,8 @@ import openvino as ov
 import openvino.opset15 as ops
 
 from engines.base import EngineInfo, EngineOptions
-from engines.bundle import COMPONENTS, Bundle
-from engines.cache import CompiledCache
+from engines.bundle import Bundle
+from engines.cache import CompiledCache, model_key
 from engines.errors import RuntimeUnavailable
 from engines.rows import Array, HostEngine
 
@@ -43,21 +43,22 @@ class OpenVINOEngine(HostEngine):
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         super().__init__(bundle, options)
         self._core = core()
-        self._graphs = {component: bundle.path(component) for component in COMPONENTS}
+        self._graphs = {component: bundle.path(component) for component in bundle.manifest.components}
         self._read: dict[str, ov.Model] = {}
         self._precision = choose_precision(options.precision)
         self._threads = options.threads
         device = str(self._core.get_property("CPU", "FULL_DEVICE_NAME"))
         self._cache = CompiledCache.open(
             options.cache_dir,
-            bundle.sha256,
-            runtime="openvino",
+            "openvino",
+            model=model_key(self.manifest),
+            sizes=[f"{size.width}x{size.height}" for size in self.manifest.sizes],
             version=ov.get_version(),
             device=device,
             precision=self._precision,
             threads=options.threads,
         )
-        self._requests = {component: self._load(component) for component in COMPONENTS}
+        self._requests = {component: self._load(component) for component in self._graphs}
         size, latent = self.manifest.default_size, self.manifest.latent
         self._single: Shape = (
             1,
@@ -83,7 +84,11 @@ class OpenVINOEngine(HostEngine):
         )
         self.cache_folder = self._cache.folder
 
-    def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    @classmethod
+    def precisions(cls, bundle: Bundle) -> tuple[str, ...]:
+        return ("bf16", "f32") if choose_precision("auto") == "bf16" else ("f32",)
+
+    def run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         request = self._requests[component]
         if component == "denoiser":
             if self._time is not None:
@@ -124,13 +129,30 @@ class OpenVINOEngine(HostEngine):
             if name == TIME:
                 assert time is not None
                 return time
-        if shape:
-            fixed = {"x": list(shape)}
-            for port in model.inputs:
-                rest = [-1 if dim.is_dynamic else dim.get_length() for dim in list(port.partial_shape)[1:]]
-                fixed.setdefault(port.get_any_name(), [shape[0], *rest])
-            model.reshape(fixed)
+        model.reshape(self._shapes(model, name, shape))
         return model
+
+    def _shapes(self, model: ov.Model, component: str, shape: Shape | None) -> dict[str, list[int]]:
+        """Every input's dimensions, −1 where they vary: as few as serving allows, for each costs speed."""
+        sizes, latent = self.manifest.sizes, self.manifest.latent
+        known: dict[str, int] = dict(self.manifest.text_lengths)
+        if len(sizes) == 1:
+            known |= {
+                "height": sizes[0].height // latent.downscale,
+                "width": sizes[0].width // latent.downscale,
+            }
+        specs = self.manifest.components[component].inputs
+        fixed = {}
+        for port in model.inputs:
+            name = port.get_any_name()
+            if name in specs:
+                dims = [known.get(dim, -1) if isinstance(dim, str) else dim for dim in specs[name].shape]
+            else:  # time, cut out of the graph
+                dims = [-1 if dim.is_dynamic else dim.get_length() for dim in port.partial_shape]
+            fixed[name] = [shape[0], *dims[1:]] if shape else dims
+        if shape:
+            fixed["x"] = list(shape)
+        return fixed
 
     def close(self) -> None:
         """Free the compiled models."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine, EngineOptions, TokenIds
+from engines.base import EngineOptions, GraphEngine, TokenIds
 from engines.bundle import Bundle
 from engines.errors import ExecutionError
 from engines.text import BundleTokenizers
@@ -22,7 +22,7 @@ Embedding = tuple[Row, ...]
 """One prompt's tensors, in the order of `manifest.conditioning`."""
 
 
-class HostEngine(Engine):
+class HostEngine(GraphEngine):
     """A runtime whose arrays live in host memory."""
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
@@ -33,14 +33,18 @@ class HostEngine(Engine):
         self._latents = {(size.height // factor, size.width // factor) for size in bundle.manifest.sizes}
 
     @abstractmethod
-    def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    def run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run `component` on whole batches; the outputs are the caller's to keep. May raise any exception."""
 
     def tokenize(self, prompt: str) -> TokenIds:
         return self._text.tokenize(prompt)
 
     def encode(self, tokens: Sequence[TokenIds]) -> list[Embedding]:
-        outputs = self._checked("text_encoder", len(tokens), self._text.batch(tokens))
+        inputs = self._text.batch(tokens)
+        outputs: dict[str, Array] = {}
+        for name in self.manifest.text_encoders:
+            wanted = {key: inputs[key] for key in self.manifest.components[name].inputs}
+            outputs |= self._checked(name, len(tokens), wanted)
         columns = [outputs[name] for name in self.manifest.conditioning]
         # Copies: callers cache embeddings, and a view would keep the whole batch alive.
         return [
@@ -75,7 +79,7 @@ class HostEngine(Engine):
         assert 1 <= batch <= self.info.max_batch, (component, batch, self.info.max_batch)
         self._check_shapes(component, inputs)
         try:
-            return self._grouped(component, batch, inputs) if self._group else self._run(component, inputs)
+            return self._grouped(component, batch, inputs) if self._group else self.run(component, inputs)
         except Exception as error:  # each runtime has its own; the scheduler knows one
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ExecutionError(
@@ -83,19 +87,20 @@ class HostEngine(Engine):
             ) from error
 
     def _grouped(self, component: str, batch: int, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """`_run` in groups of exactly `invariant_batch` rows; the last is filled up with its own first row."""
+        """`run` in groups of exactly `invariant_batch` rows; the last is filled up with its own first row."""
         parts = []
         for start in range(0, batch, self._group):
             rows = [start + row if start + row < batch else start for row in range(self._group)]
-            parts.append(self._run(component, {name: array[rows] for name, array in inputs.items()}))
+            parts.append(self.run(component, {name: array[rows] for name, array in inputs.items()}))
         return {name: np.concatenate([part[name] for part in parts])[:batch] for name in parts[0]}
 
     def _check_shapes(self, component: str, inputs: Mapping[str, Array]) -> None:
         """Not left to the runtime: OpenVINO was seen to accept a smaller x and to read past its end."""
-        for name, spec in self.manifest.components[component].inputs.items():  # type: ignore[index]
+        lengths = self.manifest.text_lengths
+        for name, spec in self.manifest.components[component].inputs.items():
             shape = inputs[name].shape
             fits = len(shape) == len(spec.shape) and all(
-                isinstance(allowed, str) or given == allowed
+                given == (lengths.get(allowed, given) if isinstance(allowed, str) else allowed)
                 for given, allowed in zip(shape, spec.shape, strict=True)
             )
             if not fits:

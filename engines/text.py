@@ -32,14 +32,17 @@ class BundleTokenizers:
             except Exception as error:  # the package raises plain Exception
                 raise BundleError(f"{path} is not a tokenizer that can be read here: {error}") from error
             # Special tokens (start, end) count as part of the length, so the end token survives the cut.
-            tokenizer.enable_truncation(max_length=spec.length)
-            tokenizer.enable_padding(length=spec.length, pad_id=spec.pad_id)
-            self._tokenizers.append(tokenizer)
+            length = spec.length - len(spec.prefix) - len(spec.suffix)
+            tokenizer.enable_truncation(max_length=length)
+            tokenizer.enable_padding(length=length, pad_id=spec.pad_id)
+            self._tokenizers.append((spec, tokenizer))
 
     def tokenize(self, prompt: str) -> TokenIds:
         """Ids per tokenizer, each exactly its length. Any Python string: half a surrogate pair reads as U+FFFD."""
         text = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return tuple(tuple(tokenizer.encode(text).ids) for tokenizer in self._tokenizers)
+        return tuple(
+            (*spec.prefix, *tokenizer.encode(text).ids, *spec.suffix) for spec, tokenizer in self._tokenizers
+        )
 
     def batch(self, tokens: Sequence[TokenIds]) -> dict[str, NDArray[np.int64]]:
         """The text encoder's inputs, `(batch, length)` each."""

@@ -45,5 +45,5 @@ def tiny_bundle(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     out = tmp_path_factory.mktemp("bundles") / "tiny"
     sizes = (Size(width=64, height=64), Size(width=80, height=48))
-    export_bundle(tiny_student, out, ExportOptions(sizes=sizes))
+    export_bundle(tiny_student, out, ExportOptions(sizes=sizes, precisions=("float32", "bfloat16")))
     return load_bundle(out)

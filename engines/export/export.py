@@ -3,27 +3,22 @@
     report = export_bundle(Path("runs/student"), Path("bundles/student"), ExportOptions(default_steps=4))
     report.manifest.components["denoiser"].parity
 
-The order matters. Torch's answers with the original weights come first; then the weights are rounded in place to
-what the file will hold, torch answers again, and the graphs, read back from the written files, are held against both.
+One component after the other is loaded, answered by torch, written, and read back from the written files
+(`engines/export/stages.py`); then every runtime that works here runs the whole bundle (`engines/export/verify.py`).
 Everything is written into a sibling folder and renamed at the end.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import importlib.metadata
-import io
 import json
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from engines.bundle import (
     FORMAT_VERSION,
@@ -32,7 +27,7 @@ from engines.bundle import (
     Component,
     Latent,
     Manifest,
-    Parity,
+    Precision,
     Provenance,
     Size,
     Tokenizer,
@@ -41,26 +36,11 @@ from engines.bundle import (
     write_manifest,
 )
 from engines.errors import ExportError
-from engines.export.graphs import DecoderGraph, DenoiserGraph, TextEncoderGraph, exportable
-from engines.export.onnx_file import (
-    Axes,
-    describe,
-    round_to_float16_,
-    save_model,
-    store_weights_as_float16,
-    to_onnx,
-)
-from engines.export.parity import (
-    BATCHES,
-    EXAMPLE_BATCH,
-    Arrays,
-    compare,
-    open_session,
-    probes,
-    run_onnx,
-    run_torch,
-)
+from engines.export.parity import BATCHES
+from engines.export.plan import make_plan
+from engines.export.stages import run_stage
 from engines.export.tolerance import Tolerance
+from engines.export.verify import verify
 from engines.families.base import Family, FamilyError, load_family
 from engines.files import replace_folder
 
@@ -69,12 +49,21 @@ TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntim
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """`sizes` in pixels, empty for the model's own; the first is the default. `name` empty: the student folder's."""
+    """`sizes` in pixels, empty for the model's own; the first is the default. `name` empty: the student folder's.
+
+    `skip`: names of the family's rewrites (`Family.rewrites`) to leave out. `runtimes`: those that must prove
+    themselves on the bundle, in every precision that they have here; empty: those that are installed. `batches`: the
+    batch sizes compared.
+    """
 
     name: str = ""
     default_steps: int = 4
     max_steps: int = 8
     sizes: tuple[Size, ...] = ()
+    precisions: tuple[Precision, ...] = ("float32",)
+    skip: tuple[str, ...] = ()
+    runtimes: tuple[str, ...] = ()
+    batches: tuple[int, ...] = BATCHES
     seed: int = 0
     tolerance: Tolerance = field(default_factory=Tolerance)
 
@@ -85,15 +74,6 @@ class ExportReport:
 
     manifest: Manifest
     bytes: int
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """One component's inputs at one batch size, and torch's answers by the weights it ran with."""
-
-    batch: int
-    inputs: dict[str, Tensor]
-    answers: dict[str, Arrays] = field(default_factory=dict)
 
 
 def export_bundle(
@@ -111,21 +91,33 @@ def export_bundle(
         )
     if out.exists() and not (out / MANIFEST).is_file():
         raise ExportError(f"{out} exists and is not a bundle; give another --out, or remove it first")
+    family = _load(student, ())
+    if unknown := [name for name in options.skip if name not in family.rewrites]:
+        known = ", ".join(family.rewrites) or "none"
+        raise ExportError(f"{family.name} has no rewrite {unknown[0]!r} to skip; there are: {known}")
     try:
-        family = load_family(student, torch.float32)
-    except FamilyError as error:
-        raise ExportError(str(error)) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise ExportError(f"{out} cannot be written: {error.strerror or error}") from error
     try:
         staging.chmod(0o755)  # mkdtemp's 0700 would hide the bundle from a server run by another user
         manifest = _write_bundle(family, student, staging, options, progress)
         load_bundle(staging)
         size = sum(path.stat().st_size for path in staging.rglob("*"))
         replace_folder(staging, out)
+    except OSError as error:
+        raise ExportError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return ExportReport(manifest=manifest, bytes=size)
+
+
+def _load(student: Path, only: tuple[str, ...]) -> Family:
+    try:
+        return load_family(student, torch.float32, only)
+    except FamilyError as error:
+        raise ExportError(str(error)) from error
 
 
 def _write_bundle(
@@ -133,27 +125,17 @@ def _write_bundle(
 ) -> Manifest:
     height, width = (side * family.downscale for side in family.latent_size)
     sizes = options.sizes or (Size(width=width, height=height),)
-    latents = [_latent(family, size) for size in sizes]
-    graphs = _graphs(family)
-    progress("torch, original weights")
-    table = _make_probes(family, graphs, latents, options.seed)
-    _answer(graphs, table, "original")
-    round_to_float16_([family.transformer, family.vae, *family.text_modules().values()])
-    _answer(graphs, table, "stored")
-    family.fuse()  # after torch has answered: parity then vouches for it too
-    example = probes(family, EXAMPLE_BATCH, latents[0], options.seed + 1)
-    components: dict[Any, Component] = {}
-    for name, graph in graphs.items():
-        progress(f"{name}: ONNX")
-        components[name] = _export_component(
-            root, name, graph, example[name], table[name], len(sizes) > 1, options
+    plan = make_plan(family, sizes, options.batches, options.default_steps, options.seed)
+    components: dict[str, Component] = {}
+    for stage in plan.stages(lambda loaded: loaded.fuse(options.skip)):
+        progress(f"{stage.name}: {', '.join(options.precisions)}")
+        components[stage.name] = run_stage(
+            stage, lambda part: _load(student, (part,)), root, options.precisions, options.tolerance
         )
-        gc.collect()
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name=options.name or student.resolve().name,
         family=family.name,
-        precision="float16",
         components=components,
         tokenizers=write_tokenizers(family, root),
         latent=Latent(
@@ -162,6 +144,7 @@ def _write_bundle(
             scaling_factor=family.scaling_factor,
             shift_factor=family.shift_factor,
         ),
+        text_lengths=plan.text_lengths,
         sizes=sizes,
         default_size=sizes[0],
         schedules={steps: family.sigmas(steps) for steps in range(1, options.max_steps + 1)},
@@ -169,76 +152,9 @@ def _write_bundle(
         provenance=read_provenance(student),
     )
     write_manifest(root, manifest)
+    manifest = verify(load_bundle(root), plan, options.runtimes, options.tolerance, progress)
+    write_manifest(root, manifest)
     return manifest
-
-
-def _graphs(family: Family) -> dict[str, Any]:
-    ids = family.tokenize([""])
-    with torch.no_grad():
-        conditioning = tuple(family.embed(ids))
-    graphs: dict[str, Any] = {
-        "text_encoder": TextEncoderGraph(family, tuple(ids), conditioning),
-        "denoiser": DenoiserGraph(family, conditioning),
-        "decoder": DecoderGraph(family),
-    }
-    for graph in graphs.values():
-        graph.eval()
-    return graphs
-
-
-def _latent(family: Family, size: Size) -> tuple[int, int]:
-    if size.width % family.downscale or size.height % family.downscale:
-        raise ExportError(
-            f"size {size.width}x{size.height}: both sides must be multiples of {family.downscale}, "
-            "the autoencoder's factor"
-        )
-    return size.height // family.downscale, size.width // family.downscale
-
-
-def _make_probes(
-    family: Family, graphs: dict[str, Any], latents: list[tuple[int, int]], seed: int
-) -> dict[str, list[_Probe]]:
-    """Per component, every batch size at every size; seeds apart from the tracing example's."""
-    table: dict[str, list[_Probe]] = {name: [] for name in graphs}
-    for index, latent in enumerate(latents):
-        for batch in BATCHES:
-            probe = probes(family, batch, latent, seed=seed + 1000 + 100 * index + batch)
-            for name, inputs in probe.items():
-                table[name].append(_Probe(batch, inputs))
-    return table
-
-
-def _answer(graphs: dict[str, Any], table: dict[str, list[_Probe]], weights: str) -> None:
-    for name, graph in graphs.items():
-        for probe in table[name]:
-            try:
-                probe.answers[weights] = run_torch(graph, graph.inputs, graph.outputs, probe.inputs)
-            except (RuntimeError, ValueError) as error:  # a size the model's position table or patches refuse
-                shape = tuple(next(iter(probe.inputs.values())).shape)
-                raise ExportError(f"{name} cannot run on inputs of shape {shape}: {error}") from error
-
-
-def _export_component(
-    root: Path,
-    name: str,
-    graph: nn.Module,
-    example: dict[str, Tensor],
-    table: list[_Probe],
-    spatial: bool,
-    options: ExportOptions,
-) -> Component:
-    with exportable(), contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its progress
-        model = to_onnx(graph, graph, example, Axes(spatial))  # type: ignore[arg-type]
-    store_weights_as_float16(model)
-    files = save_model(root, name, model)
-    session = open_session(files[0])
-    parity: list[Parity] = []
-    for probe in table:
-        actual = run_onnx(session, probe.inputs)
-        for weights in ("stored", "original"):
-            parity.append(compare(probe.batch, weights, actual, probe.answers[weights]))
-            options.tolerance.check(name, parity[-1])
-    return describe(root, files, model, parity)
 
 
 def write_tokenizers(family: Family, root: Path) -> tuple[Tokenizer, ...]:
@@ -249,11 +165,8 @@ def write_tokenizers(family: Family, root: Path) -> tuple[Tokenizer, ...]:
         name = f"tokenizer_{len(written) + 1}.json" if written else "tokenizer.json"
         path = written.setdefault(spec["json"], root / name)
         path.write_text(spec["json"], encoding="utf-8")
-        tokenizers.append(
-            Tokenizer(
-                file=file_ref(root, path), input=spec["input"], length=spec["length"], pad_id=spec["pad_id"]
-            )
-        )
+        fields = {key: value for key, value in spec.items() if key != "json"}
+        tokenizers.append(Tokenizer(file=file_ref(root, path), **fields))
     return tuple(tokenizers)
 
 

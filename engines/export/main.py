@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 from pydantic_settings import CliPositionalArg
 
-from engines.bundle import Manifest, Size
+from engines.bundle import Manifest, Precision, Size
 from engines.cli import CommandSettings, run_command
 from engines.commands import importing
 from engines.export.tolerance import Tolerance
@@ -35,6 +35,19 @@ class ExportSettings(CommandSettings, env_prefix="CDM_EXPORT_"):
     default_steps: int = Field(4, ge=1, description="steps of a picture whose request names none")
     max_steps: int = Field(8, ge=1, le=100, description="schedules are written for 1 to this many steps")
     sizes: list[str] = Field([], description="picture sizes WxH, default first; empty: the model's own")
+    precisions: list[Precision] = Field(
+        ["float32"],
+        min_length=1,
+        description="graphs to write: float32 (opset 20, for CPUs), bfloat16 (opset 23, for GPUs)",
+    )
+    skip_rewrites: list[str] = Field(
+        [], description="exact rewrites of the model to leave out, to compare with"
+    )
+    verify: list[str] = Field(
+        [],
+        description="runtimes that must match torch on the bundle; empty: those of every CPU that are installed",
+    )
+    batches: list[int] = Field([1, 2, 3, 5], min_length=1, description="batch sizes compared with torch")
     seed: int = Field(0, ge=0, description="seed of the random inputs compared")
     tolerance_stored: float = Field(
         Tolerance.stored, gt=0, description="largest relative L2 error against torch with the stored weights"
@@ -44,6 +57,22 @@ class ExportSettings(CommandSettings, env_prefix="CDM_EXPORT_"):
         gt=0,
         description="largest relative L2 error against torch with the original weights",
     )
+
+    tolerance_low: float = Field(
+        Tolerance.low,
+        gt=0,
+        description="largest relative L2 error of a lower precision (bfloat16, int8) against torch in float32",
+    )
+    tolerance_psnr: float = Field(
+        Tolerance.psnr, gt=0, description="least PSNR (dB) of whole float32 pictures against torch"
+    )
+
+    @field_validator("batches")
+    @classmethod
+    def _are_batches(cls, value: list[int]) -> list[int]:
+        if wrong := [batch for batch in value if not 1 <= batch <= 64]:
+            raise ValueError(f"{wrong[0]} is not a batch size; 1 to 64 are allowed")
+        return value
 
     @field_validator("sizes")
     @classmethod
@@ -61,14 +90,24 @@ def _size(text: str) -> Size:
 
 
 def parity_table(manifest: Manifest) -> str:
-    """The measured errors, one row per component, batch size and reference."""
-    rows = [f"{'component':<13}{'batch':>6}  {'against torch with':<19}{'max abs':>10}{'rel L2':>11}"]
+    """The measured errors: the worst over batches and sizes by component, runtime and reference; whole pictures."""
+    rows = [
+        f"{'component':<16}{'on':<22}{'against torch with':<19}{'shapes':>7}{'max abs':>10}{'rel L2':>11}"
+    ]
     for name, component in manifest.components.items():
-        for parity in component.parity:
-            reference = f"{parity.weights} weights"
+        for key in dict.fromkeys((item.runtime, item.precision, item.weights) for item in component.parity):
+            found = [item for item in component.parity if (item.runtime, item.precision, item.weights) == key]
+            runtime, precision, weights = key
             rows.append(
-                f"{name:<13}{parity.batch:>6}  {reference:<19}{parity.max_abs:>10.2e}{parity.rel_l2:>11.2e}"
+                f"{name:<16}{f'{runtime} {precision}':<22}{f'{weights} weights':<19}{len(found):>7}"
+                f"{max(item.max_abs for item in found):>10.2e}{max(item.rel_l2 for item in found):>11.2e}"
             )
+    for picture in manifest.pictures:
+        size = f"{picture.size.width}x{picture.size.height}"
+        rows.append(
+            f"{f'picture {size}':<16}{f'{picture.runtime} {picture.precision}':<22}{f'{picture.steps} steps':<19}"
+            f"{picture.batch:>7}{picture.max_abs:>7} /255{picture.psnr:>8.1f} dB"
+        )
     return "\n".join(rows)
 
 
@@ -87,8 +126,17 @@ def export(settings: ExportSettings) -> int:
         default_steps=settings.default_steps,
         max_steps=settings.max_steps,
         sizes=tuple(_size(text) for text in settings.sizes),
+        precisions=tuple(settings.precisions),
+        skip=tuple(settings.skip_rewrites),
+        runtimes=tuple(settings.verify),
+        batches=tuple(settings.batches),
         seed=settings.seed,
-        tolerance=Tolerance(stored=settings.tolerance_stored, original=settings.tolerance_original),
+        tolerance=Tolerance(
+            stored=settings.tolerance_stored,
+            original=settings.tolerance_original,
+            low=settings.tolerance_low,
+            psnr=settings.tolerance_psnr,
+        ),
     )
     report = export_bundle(
         settings.student, settings.out, options, progress=lambda text: print(f"… {text}", file=sys.stderr)

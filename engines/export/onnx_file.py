@@ -1,67 +1,65 @@
-"""A torch module → one ONNX file with dynamic batch, float32 compute and float16-stored weights."""
+"""A torch module → an ONNX file with symbolic shapes, written weight by weight: memory holds the model once.
+
+model = to_onnx(module, example, opset=OPSET["float32"])
+store_weights_as_float16(model)
+graph = save_model(root, "denoiser", model)
+"""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import onnx
+import onnx_ir as ir
 import torch
-from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from engines.bundle import Component, DType, Parity, TensorSpec, file_ref
+from engines.bundle import DType, Graph, Precision, TensorSpec, file_ref
 from engines.errors import ExportError
 
-OPSET = 20
-"""The newest opset that every CPU runtime here runs in float32 without decomposing what it just composed."""
+OPSET: dict[Precision, int] = {"float32": 20, "bfloat16": 23}
+"""20 is the newest that every CPU runtime here runs in float32 without decomposing what it just composed; 23 has
+Attention and RMSNormalization as one node each, which NVIDIA's parsers want (24 decomposes the norm again)."""
 
 SINGLE_FILE_BYTES = 1_500_000_000
 """Above this the weights go to a file of their own: protobuf cannot hold 2 GB."""
 
-_DTYPES: dict[int, DType] = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.FLOAT16: "float16",
-    TensorProto.INT64: "int64",
-    TensorProto.UINT8: "uint8",
+_DTYPES: dict[ir.DataType, DType] = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.INT64: "int64",
+    ir.DataType.UINT8: "uint8",
 }
 
 
-class Graph(Protocol):
-    """A module that names its inputs and outputs, in order."""
+class GraphModule(nn.Module):
+    """A module that names its inputs and outputs, in order, and their dimensions that vary.
+
+    `forward` takes tensors in the order of `inputs` and gives a tuple in the order of `outputs`.
+    """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    axes: dict[str, dict[int, str]]
+    """Tensor → dimension → name; a dimension that is not named is fixed."""
+    weights: nn.Module
+    """What holds the weights."""
 
 
-@dataclass(frozen=True)
-class Axes:
-    """Which dimensions vary: always the batch, and the latent's sides if the bundle makes several sizes."""
-
-    spatial: bool
-
-    def names(self, tensor: str) -> dict[int, str]:
-        """Dimension index → name, for an input or output called `tensor`."""
-        if not self.spatial or tensor not in ("x", "x_next", "x0", "image"):
-            return {0: "batch"}
-        if tensor == "image":
-            return {0: "batch", 1: "image_height", 2: "image_width"}
-        return {0: "batch", 2: "height", 3: "width"}
-
-
-def to_onnx(module: nn.Module, graph: Graph, example: dict[str, Tensor], axes: Axes) -> onnx.ModelProto:
+def to_onnx(module: GraphModule, example: dict[str, Tensor], opset: int) -> ir.Model:
     """Trace `module` on `example` (batch ≥ 2, or the batch would become a constant 1) and return the ONNX model.
+
+    Its weights are the module's own memory: do not change or free them before it is saved.
 
     Raises:
         ExportError: the exporter cannot express the module.
     """
     # `forward(*args)` has one parameter for torch.export: its shapes are one tuple.
-    positional = [dict.fromkeys(axes.names(name), torch.export.Dim.DYNAMIC) for name in graph.inputs]
+    positional = [
+        dict.fromkeys(module.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in module.inputs
+    ]
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns that torchvision, which nothing here uses, is not installed
@@ -70,28 +68,36 @@ def to_onnx(module: nn.Module, graph: Graph, example: dict[str, Tensor], axes: A
             warnings.simplefilter("ignore")  # the exporter's own deprecations; parity is checked, not trusted
             program = torch.onnx.export(
                 module,
-                tuple(example[name] for name in graph.inputs),
+                tuple(example[name] for name in module.inputs),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 dynamic_shapes=_shapes(module, positional),
-                input_names=list(graph.inputs),
-                output_names=list(graph.outputs),
+                input_names=list(module.inputs),
+                output_names=list(module.outputs),
                 external_data=False,
                 verbose=False,
             )
     except Exception as error:  # the exporter raises its own, torch.export's and plain ones
-        raise ExportError(
-            f"{type(module).__name__} cannot be exported: {str(error).splitlines()[0]}"
-        ) from error
+        raise ExportError(f"{type(module).__name__} cannot be exported: {_reason(error)}") from error
     finally:
         logger.setLevel(level)
     assert program is not None
-    model = program.model_proto
+    model = program.model
+    assert isinstance(model, ir.Model)
     _anonymise(model)
-    for value in [*model.graph.input, *model.graph.output]:
-        for index, name in axes.names(value.name).items():
-            value.type.tensor_type.shape.dim[index].dim_param = name
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        for index, name in module.axes.get(value.name or "", {}).items():
+            assert value.shape is not None
+            value.shape[index] = name
     return model
+
+
+def _reason(error: BaseException) -> str:
+    """The line that says what could not be exported: the exporter wraps the cause in advice of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _shapes(module: nn.Module, positional: list[dict[int, Any]]) -> tuple[Any, ...]:
@@ -101,17 +107,29 @@ def _shapes(module: nn.Module, positional: list[dict[int, Any]]) -> tuple[Any, .
     return (*positional[:plain], rest) if rest else tuple(positional)
 
 
-def _anonymise(model: onnx.ModelProto) -> None:
+def _anonymise(model: ir.Model) -> None:
     """Drop stack traces and doc strings: they name files of the machine that exported."""
-    for thing in [model, model.graph, *model.graph.node, *model.graph.value_info, *model.functions]:
-        del thing.metadata_props[:]
-        thing.doc_string = ""
-    for tensor in [*model.graph.input, *model.graph.output, *model.graph.initializer]:
-        del tensor.metadata_props[:]
-        tensor.doc_string = ""
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    model.metadata_props.clear()
+    model.doc_string = None
+    for graph in graphs:
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+                value.doc_string = None
+        for value in graph.inputs:
+            value.metadata_props.clear()
+            value.doc_string = None
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+        value.doc_string = None
 
 
-def round_to_float16_(modules: list[nn.Module]) -> None:
+def round_to_float16_(module: nn.Module) -> None:
     """Round every weight matrix (parameters and tables of two or more dimensions) to float16 values, kept as float32.
 
     Biases and norms stay exact: they are a thousandth of the bytes.
@@ -119,62 +137,89 @@ def round_to_float16_(modules: list[nn.Module]) -> None:
     Raises:
         ExportError: a weight is not finite, or too large for float16.
     """
-    for module in modules:
-        for name, parameter in [*module.named_parameters(), *module.named_buffers()]:
-            if parameter.ndim < 2 or not parameter.is_floating_point():
-                continue
-            rounded = parameter.data.to(torch.float16).to(torch.float32)
-            if not bool(torch.isfinite(rounded).all()):
-                largest = float(parameter.data.abs().max())
-                raise ExportError(
-                    f"{name} holds |w| = {largest:g}; stored weights must be finite and below 65504"
-                )
-            parameter.data.copy_(rounded)
+    for name, parameter in [*module.named_parameters(), *module.named_buffers()]:
+        if parameter.ndim < 2 or not parameter.is_floating_point():
+            continue
+        rounded = parameter.data.to(torch.float16)
+        if not bool(torch.isfinite(rounded).all()):
+            largest = float(parameter.data.abs().max())
+            raise ExportError(
+                f"{name} holds |w| = {largest:g}; stored weights must be finite and below 65504"
+            )
+        parameter.data.copy_(rounded)
 
 
-def store_weights_as_float16(model: onnx.ModelProto) -> None:
+def store_weights_as_float16(model: ir.Model) -> None:
     """Store each float32 matrix that float16 holds exactly as float16, with a Cast back: half the file, same model."""
-    casts = []
-    for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:
+    graph = model.graph
+    first = next(iter(graph))
+    for value in list(graph.initializers.values()):
+        tensor, name = value.const_value, value.name
+        assert tensor is not None
+        assert name is not None
+        if tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) < 2 or not _is_float16(tensor):
             continue
-        array = numpy_helper.to_array(tensor)
-        with np.errstate(over="ignore"):
-            half = array.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), array):
-            continue
-        name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(half, f"{name}.float16"))
-        casts.append(
-            onnx.helper.make_node("Cast", [tensor.name], [name], name=f"{name}.cast", to=TensorProto.FLOAT)
+        half = ir.Value(
+            name=f"{name}.float16",
+            shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(ir.DataType.FLOAT16),
+            const_value=_as_float16(tensor, f"{name}.float16"),
         )
-    nodes = list(model.graph.node)
-    del model.graph.node[:]
-    model.graph.node.extend([*casts, *nodes])
+        cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT}, name=f"{name}.cast")
+        value.replace_all_uses_with(cast.outputs[0])
+        del graph.initializers[name]
+        cast.outputs[0].name = name
+        cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
+        graph.register_initializer(half)
+        graph.insert_before(first, cast)
 
 
-def save_model(root: Path, name: str, model: onnx.ModelProto, limit: int = SINGLE_FILE_BYTES) -> list[Path]:
-    """Write `name.onnx`, with its weights beside it in `name.onnx.data` above `limit` bytes; the graph's path first."""
+def _is_float16(tensor: ir.TensorProtocol) -> bool:
+    values = _torch(tensor)
+    return torch.equal(values.to(torch.float16).to(torch.float32), values)
+
+
+def _as_float16(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    """The rounded tensor, made when it is written and forgotten then."""
+
+    def halve() -> ir.TensorProtocol:
+        return ir.Tensor(_torch(tensor).to(torch.float16).numpy(), name=name)
+
+    return ir.LazyTensor(halve, dtype=ir.DataType.FLOAT16, shape=ir.Shape(tensor.shape.numpy()), name=name)
+
+
+def _torch(tensor: ir.TensorProtocol) -> Tensor:
+    raw = getattr(tensor, "raw", None)
+    return raw.detach() if isinstance(raw, Tensor) else torch.tensor(tensor.numpy())
+
+
+def save_model(root: Path, name: str, model: ir.Model, limit: int = SINGLE_FILE_BYTES) -> Graph:
+    """Write `name.onnx`, with its weights beside it in `name.onnx.data` where they are above `limit` bytes.
+
+    Raises:
+        ExportError: the disk is full, or cannot be written.
+    """
     path, data = root / f"{name}.onnx", root / f"{name}.onnx.data"
-    external = model.ByteSize() > limit
-    onnx.save_model(model, str(path), save_as_external_data=external, location=data.name, size_threshold=1024)
-    return [path, data] if external else [path]
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    external = sum(tensor.nbytes for tensor in tensors if tensor is not None) > limit
+    try:
+        ir.save(model, path, external_data=data.name if external else None, size_threshold_bytes=1024)
+        return Graph(
+            file=file_ref(root, path),
+            data=(file_ref(root, data),) if external else (),
+            opset=model.opset_imports[""],
+        )
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def describe(root: Path, files: list[Path], model: onnx.ModelProto, parity: list[Parity]) -> Component:
-    """The manifest's entry for a saved model."""
-    graph, *data = [file_ref(root, path) for path in files]
-    return Component(
-        graph=graph,
-        data=tuple(data),
-        inputs={value.name: _spec(value) for value in model.graph.input},
-        outputs={value.name: _spec(value) for value in model.graph.output},
-        opset=next(entry.version for entry in model.opset_import if entry.domain == ""),
-        parity=tuple(parity),
-    )
-
-
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    tensor = value.type.tensor_type
-    shape = tuple(dim.dim_param if dim.HasField("dim_param") else dim.dim_value for dim in tensor.shape.dim)
-    return TensorSpec(dtype=_DTYPES[tensor.elem_type], shape=shape)
+def describe(values: list[ir.Value]) -> dict[str, TensorSpec]:
+    """The manifest's entries for a graph's inputs or outputs."""
+    specs = {}
+    for value in values:
+        assert value.name is not None
+        assert value.dtype is not None
+        assert value.shape is not None
+        shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+        specs[value.name] = TensorSpec(dtype=_DTYPES[value.dtype], shape=shape)
+    return specs

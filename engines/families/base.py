@@ -15,9 +15,9 @@ import importlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,26 @@ Conditioning = dict[str, Tensor]
 """Prompt embeddings by name, every tensor with the batch first. The names are those of the exported graphs."""
 
 
+class TextEncoder(NamedTuple):
+    """One text encoder as a graph: `module(ids)` takes what `tokenize` calls `input`, and gives `outputs` in order.
+
+    `component` is diffusers' name of it, and the bundle's.
+    """
+
+    component: str
+    input: str
+    outputs: tuple[str, ...]
+    module: nn.Module
+
+
 class FamilyError(Exception):
     """A folder is not a model of a family that is known here, or lacks a component."""
 
 
 class Family(ABC):
     """One loaded model of a family: its modules, and how to call them.
+
+    A family may be loaded in part (`only`): the modules left out are absent, and asking for them is a mistake.
 
     `transformer` may be swapped for another of the same class (a student, a fake teacher): `velocity` takes it
     as an argument for that reason.
@@ -54,11 +68,18 @@ class Family(ABC):
     downscale: int
     scaling_factor: float
     shift_factor: float
+    patch_size: int
+    """Latent pixels that one token of the transformer covers, along each side."""
+    pooled: tuple[str, ...] = ()
+    """Which of the text encoders' outputs are `(B, D)`; all others have a row per token."""
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: Path, dtype: torch.dtype) -> Family:
-        """Load every component from a local diffusers folder, or a hub id (safetensors only)."""
+    def load(cls, folder: Path, dtype: torch.dtype, only: Collection[str] | None = None) -> Family:
+        """Load from a local diffusers folder, or a hub id (safetensors only); of the modules those in `only`, or all.
+
+        Tokenizers, scheduler and every module's configuration are always there.
+        """
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -69,8 +90,19 @@ class Family(ABC):
         """Input ids by text-encoder input name, each `(B, L)` int64."""
 
     @abstractmethod
+    def text_encoders(self) -> list[TextEncoder]:
+        """The text encoders that are loaded, in the order of their names."""
+
+    @abstractmethod
+    def join(self, outputs: dict[str, Tensor]) -> Conditioning:
+        """What the transformer takes, from what all text encoders gave. It is part of the denoiser's graph."""
+
     def embed(self, ids: dict[str, Tensor]) -> Conditioning:
-        """Embeddings of ids: what `encode` does after `tokenize`, differentiable and exportable."""
+        """Embeddings of ids: what `encode` does after `tokenize`, differentiable."""
+        outputs: dict[str, Tensor] = {}
+        for encoder in self.text_encoders():
+            outputs |= zip(encoder.outputs, encoder.module(ids[encoder.input]), strict=True)
+        return self.join(outputs)
 
     @abstractmethod
     def velocity(
@@ -92,12 +124,22 @@ class Family(ABC):
 
     @abstractmethod
     def tokenizer_specs(self) -> list[dict[str, Any]]:
-        """For the bundle: per text-encoder input `{"input", "length", "pad_id", "json": tokenizers-JSON text}`."""
+        """For the bundle, one per tokenizer: the fields of `engines.bundle.Tokenizer`, "json" (text) for its file."""
 
-    def fuse(self) -> None:  # noqa: B027  (a family without such a rewrite has nothing to do)
+    rewrites: ClassVar[tuple[str, ...]] = ()
+    """Names of what `fuse` does, in order."""
+
+    def fuse(self, skip: Collection[str] = ()) -> None:  # noqa: B027  (a family without rewrites has nothing to do)
         """Rewrite the modules into fewer, larger operations that compute the same, before a graph is made of them.
 
-        The model must not be trained or saved after it.
+        `skip` names rewrites to leave out. The model must not be trained or saved after it.
+        """
+
+    @abstractmethod
+    def low_precision(self) -> tuple[str, ...]:
+        """Patterns (`fnmatch`) of the transformer's submodules that run in bfloat16 in a bfloat16 graph, each whole.
+
+        All else, the residual stream between them above all, stays float32.
         """
 
     @abstractmethod
@@ -115,8 +157,10 @@ INDEX = "model_index.json"
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
 
 
-def load_family(folder: Path, dtype: torch.dtype = torch.float32) -> Family:
-    """Load a diffusers folder by the pipeline class that its `model_index.json` names.
+def load_family(
+    folder: Path, dtype: torch.dtype = torch.float32, only: Collection[str] | None = None
+) -> Family:
+    """Load a diffusers folder by the pipeline class that its `model_index.json` names; `only` as `Family.load` has it.
 
     Where there is no such folder, `folder` may be a model's id on the Hugging Face hub, such as
     `stabilityai/stable-diffusion-3-medium-diffusers`; a local folder never asks the network.
@@ -136,7 +180,7 @@ def load_family(folder: Path, dtype: torch.dtype = torch.float32) -> Family:
         raise FamilyError(f"{index} names {class_name!r}; families known here: {', '.join(FAMILIES)}")
     module_name, family_name = FAMILIES[class_name].split(":")
     family: type[Family] = getattr(importlib.import_module(module_name), family_name)
-    return family.load(folder, dtype)
+    return family.load(folder, dtype, only)
 
 
 def _find_index(folder: Path) -> Path:

@@ -13,8 +13,7 @@ attention: `family.t5_length` is how many, the CLIP tokenizer's own length. Here
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,12 +21,12 @@ import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
-from engines.families.base import Conditioning, Family, FamilyError
+from engines.bundle import TEXT_ENCODERS
+from engines.families.base import Conditioning, Family, TextEncoder
 from engines.families.joint_attention import fuse_projections, use_joint_attention
+from engines.families.loading import load_pipeline, quiet
 
 T5_LENGTH = 256
 """Tokens of the T5 prompt, the pipeline's default `max_sequence_length`."""
@@ -36,25 +35,37 @@ TIMESTEPS = 1000.0
 """SD3's transformer takes time in [0, 1000]: σ times this."""
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no notes on expected facts (no T5, a tiny autoencoder) while a folder is read or written."""
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, verbosity, bars in before:
-            library.set_verbosity(verbosity)
-            if bars:
-                library.enable_progress_bar()
+CLASSES = {
+    "transformer": ("SD3Transformer2DModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModelWithProjection",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "text_encoder_3": ("T5EncoderModel",),
+}
+"""Component → classes that it may be of."""
 
 
-def _components(index: dict[str, Any]) -> list[str]:
-    return [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+class _Clip(nn.Module):
+    """Ids → last-but-one hidden states `(B, L, D)`, projected pooled output `(B, P)`: what SD3 takes of a CLIP."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.encoder(ids, output_hidden_states=True)
+        return output.hidden_states[-2], output.text_embeds
+
+
+class _T5(nn.Module):
+    """Ids → last hidden states `(B, L, D)`, padding unmasked, as the pipeline calls it."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: Tensor) -> tuple[Tensor]:
+        return (self.encoder(ids)[0],)
 
 
 class SD3Family(Family):
@@ -63,6 +74,7 @@ class SD3Family(Family):
     name: ClassVar[str] = "sd3"
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
     fsdp_units: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
+    pooled = ("clip_pooled", "clip_pooled_2")
 
     def __init__(self, pipeline: Any, root: Path) -> None:
         self.root = root
@@ -71,7 +83,7 @@ class SD3Family(Family):
         self.vae = pipeline.vae
         self.scheduler = pipeline.scheduler
         config = pipeline.transformer.config
-        self.patch_size: int = config.patch_size
+        self.patch_size = config.patch_size
         self.latent_channels = config.in_channels
         self.latent_size = (config.sample_size, config.sample_size)
         self.downscale = pipeline.vae_scale_factor
@@ -79,38 +91,17 @@ class SD3Family(Family):
         self.shift_factor = float(pipeline.vae.config.shift_factor)
         self.context_dim: int = config.joint_attention_dim
         self.clip_length: int = pipeline.tokenizer_max_length
-        self.t5_length: int = self.clip_length if pipeline.text_encoder_3 is None else T5_LENGTH
-        self.text_weight: int = self.t5_length if pipeline.text_encoder_3 is None else 1
+        self.has_t5: bool = pipeline.tokenizer_3 is not None
+        self.t5_length: int = T5_LENGTH if self.has_t5 else self.clip_length
+        self.text_weight: int = 1 if self.has_t5 else self.t5_length
         use_joint_attention(self.transformer)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> SD3Family:
-        """Load a local diffusers folder, or a hub id that diffusers resolves; safetensors only, nothing pickled.
-
-        A folder whose index has no third text encoder is loaded without one.
-
-        Raises:
-            FamilyError: a component is missing or unreadable, named by diffusers' own message.
-        """
-        source, local = folder.as_posix(), folder.is_dir()
-        try:
-            index = StableDiffusion3Pipeline.load_config(source, local_files_only=local)
-            if missing := [name for name in _components(index) if local and not (folder / name).is_dir()]:
-                raise FamilyError(f"{folder} lacks {', '.join(missing)}, which its model_index.json names")
-            absent = {
-                name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None
-            }
-            with _quiet():
-                pipeline = StableDiffusion3Pipeline.from_pretrained(
-                    source, dtype=dtype, use_safetensors=True, local_files_only=local, **absent
-                )
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise FamilyError(f"{folder} cannot be loaded as {cls.pipeline_class}: {error}") from error
-        for module in pipeline.components.values():
-            if isinstance(module, nn.Module):
-                # Without accelerate, diffusers leaves some parameters in the file's dtype.
-                nn.Module.to(module, dtype).eval().requires_grad_(False)
-        return cls(pipeline, folder)
+    def load(
+        cls, folder: Path, dtype: torch.dtype = torch.float32, only: Collection[str] | None = None
+    ) -> SD3Family:
+        """See `load_pipeline`. A folder whose index has no third text encoder is loaded without one."""
+        return cls(load_pipeline(StableDiffusion3Pipeline, folder, dtype, only, CLASSES), folder)
 
     # text
 
@@ -129,27 +120,38 @@ class SD3Family(Family):
             ("input_ids", self.pipeline.tokenizer, self.clip_length),
             ("input_ids_2", self.pipeline.tokenizer_2, self.clip_length),
         ]
-        if self.pipeline.text_encoder_3 is not None:
+        if self.has_t5:
             tokenizers.append(("input_ids_3", self.pipeline.tokenizer_3, self.t5_length))
         return tokenizers
 
-    def embed(self, ids: dict[str, Tensor]) -> Conditioning:
-        """`encoder_hidden_states (B, L, context_dim)`, `pooled_projections (B, P)`.
+    def text_encoders(self) -> list[TextEncoder]:
+        """A CLIP gives its last-but-one hidden states and its projected pooled output, a T5 its last hidden states."""
+        found = []
+        for suffix in ("", "_2"):
+            if (encoder := getattr(self.pipeline, f"text_encoder{suffix}")) is not None:
+                outputs = (f"clip_states{suffix}", f"clip_pooled{suffix}")
+                found.append(
+                    TextEncoder(f"text_encoder{suffix}", f"input_ids{suffix}", outputs, _Clip(encoder))
+                )
+        if self.pipeline.text_encoder_3 is not None:
+            module = _T5(self.pipeline.text_encoder_3)
+            found.append(TextEncoder("text_encoder_3", "input_ids_3", ("t5_states",), module))
+        return found
 
-        Each CLIP gives its last-but-one hidden state and its projected pooled output, as `encode_prompt` does.
+    def join(self, outputs: dict[str, Tensor]) -> Conditioning:
+        """`encoder_hidden_states (B, L, context_dim)`, `pooled_projections (B, P)`, as `encode_prompt` joins them.
+
         L is clip_length + t5_length, or clip_length + 1 without a T5: one zero row in the place of t5_length.
         """
-        first = self.pipeline.text_encoder(ids["input_ids"], output_hidden_states=True)
-        second = self.pipeline.text_encoder_2(ids["input_ids_2"], output_hidden_states=True)
-        clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        clip = torch.cat([outputs["clip_states"], outputs["clip_states_2"]], dim=-1)
         clip = nn.functional.pad(clip, (0, self.context_dim - clip.shape[-1]))
-        if self.pipeline.text_encoder_3 is None:
-            t5 = clip.new_zeros((clip.shape[0], 1, self.context_dim))
+        if self.has_t5:
+            t5 = outputs["t5_states"].to(clip.dtype)
         else:
-            t5 = self.pipeline.text_encoder_3(ids["input_ids_3"])[0].to(clip.dtype)
+            t5 = clip.new_zeros((clip.shape[0], 1, self.context_dim))
         return {
             "encoder_hidden_states": torch.cat([clip, t5], dim=1),
-            "pooled_projections": torch.cat([first.text_embeds, second.text_embeds], dim=-1),
+            "pooled_projections": torch.cat([outputs["clip_pooled"], outputs["clip_pooled_2"]], dim=-1),
         }
 
     @torch.no_grad()
@@ -159,10 +161,11 @@ class SD3Family(Family):
         return self.embed({name: ids.to(device) for name, ids in self.tokenize(prompts).items()})
 
     def text_modules(self) -> dict[str, nn.Module]:
-        """`text_encoder`, `text_encoder_2` and, if there is one, `text_encoder_3`."""
-        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        """`text_encoder`, `text_encoder_2` and, if there is one, `text_encoder_3`: those that are loaded."""
         return {
-            name: getattr(self.pipeline, name) for name in names if getattr(self.pipeline, name) is not None
+            name: getattr(self.pipeline, name)
+            for name in TEXT_ENCODERS
+            if getattr(self.pipeline, name) is not None
         }
 
     def tokenizer_specs(self) -> list[dict[str, Any]]:
@@ -174,7 +177,13 @@ class SD3Family(Family):
             document["truncation"] = document["padding"] = None
             text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
             specs.append(
-                {"input": name, "length": length, "pad_id": int(tokenizer.pad_token_id), "json": text}
+                {
+                    "component": name.replace("input_ids", "text_encoder"),
+                    "input": name,
+                    "length": length,
+                    "pad_id": int(tokenizer.pad_token_id),
+                    "json": text,
+                }
             )
         return specs
 
@@ -224,14 +233,22 @@ class SD3Family(Family):
         picture: Tensor = decode(unscaled.to(dtype), return_dict=False)[0]
         return picture
 
-    def fuse(self) -> None:
-        """q, k and v of every attention by one matrix product."""
-        fuse_projections(self.transformer)
+    rewrites: ClassVar[tuple[str, ...]] = ("qkv",)
+
+    def fuse(self, skip: Collection[str] = ()) -> None:
+        """`qkv`: q, k and v of every attention by one matrix product."""
+        if "qkv" not in skip:
+            fuse_projections(self.transformer)
+
+    def low_precision(self) -> tuple[str, ...]:
+        """Attention and feed-forward of every block, and what takes the text in."""
+        block = "transformer_blocks.*"
+        return (f"{block}.attn", f"{block}.attn2", f"{block}.ff", f"{block}.ff_context", "context_embedder")
 
     def save(self, folder: Path, transformer: nn.Module | None = None) -> None:
         """Write a diffusers folder (safetensors, JSON), with `transformer` (an unwrapped module) if given."""
         components = dict(self.pipeline.components)
         components["transformer"] = self.transformer if transformer is None else transformer
-        with _quiet():
+        with quiet():
             pipeline: Any = StableDiffusion3Pipeline(**components)
             pipeline.save_pretrained(str(folder), safe_serialization=True)

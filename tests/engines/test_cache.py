@@ -12,27 +12,34 @@ import pytest
 from engines.cache import CompiledCache
 from engines.files import PARTIAL
 
-KEY = {"runtime": "openvino", "version": "1", "device": "cpu", "precision": "f32", "threads": 1}
+KEY = {
+    "runtime": "openvino",
+    "model": "a" * 64,
+    "version": "1",
+    "device": "cpu",
+    "precision": "f32",
+    "threads": 1,
+}
 
 
 def test_stored_bytes_come_back(tmp_path: Path) -> None:
-    CompiledCache.open(tmp_path, "a" * 64, **KEY).store("denoiser", b"blob")
-    assert CompiledCache.open(tmp_path, "a" * 64, **KEY).load("denoiser") == b"blob"
-    assert CompiledCache.open(tmp_path, "a" * 64, **KEY).load("decoder") is None
+    CompiledCache.open(tmp_path, **KEY).store("denoiser", b"blob")
+    assert CompiledCache.open(tmp_path, **KEY).load("denoiser") == b"blob"
+    assert CompiledCache.open(tmp_path, **KEY).load("decoder") is None
 
 
 @pytest.mark.parametrize(
     "changed", [{"version": "2"}, {"device": "gpu"}, {"precision": "bf16"}, {"threads": 2}]
 )
 def test_any_change_of_the_key_misses(tmp_path: Path, changed: dict[str, object]) -> None:
-    CompiledCache.open(tmp_path, "a" * 64, **KEY).store("denoiser", b"blob")
-    assert CompiledCache.open(tmp_path, "a" * 64, **{**KEY, **changed}).load("denoiser") is None
-    assert CompiledCache.open(tmp_path, "b" * 64, **KEY).load("denoiser") is None
+    CompiledCache.open(tmp_path, **KEY).store("denoiser", b"blob")
+    assert CompiledCache.open(tmp_path, **{**KEY, **changed}).load("denoiser") is None
+    assert CompiledCache.open(tmp_path, **{**KEY, "model": "b" * 64}).load("denoiser") is None
 
 
 @pytest.mark.parametrize("damage", [b"", b"x", b"\0" * 40])
 def test_damaged_file_is_a_miss(tmp_path: Path, damage: bytes) -> None:
-    cache = CompiledCache.open(tmp_path, "a" * 64, **KEY)
+    cache = CompiledCache.open(tmp_path, **KEY)
     cache.store("denoiser", b"blob")
     next(tmp_path.rglob("denoiser.blob")).write_bytes(damage)
     assert cache.load("denoiser") is None
@@ -40,22 +47,22 @@ def test_damaged_file_is_a_miss(tmp_path: Path, damage: bytes) -> None:
 
 def test_unwritable_folder_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
-    cache = CompiledCache.open(tmp_path / "file" / "cache", "a" * 64, **KEY)
+    cache = CompiledCache.open(tmp_path / "file" / "cache", **KEY)
     cache.store("denoiser", b"blob")
     assert cache.load("denoiser") is None
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
-    cache = CompiledCache.open(None, "a" * 64, **KEY)
+    cache = CompiledCache.open(None, **KEY)
     cache.store("denoiser", b"blob")
     assert cache.load("denoiser") is None
 
 
 def test_what_goes_wrong_is_logged_with_its_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
-    CompiledCache.open(tmp_path / "file", "a" * 64, **KEY).store("denoiser", b"blob")
+    CompiledCache.open(tmp_path / "file", **KEY).store("denoiser", b"blob")
     assert caplog.text.count("Not a directory") == 2  # the key, the model
-    cache = CompiledCache.open(tmp_path, "a" * 64, **KEY)
+    cache = CompiledCache.open(tmp_path, **KEY)
     caplog.clear()
     assert cache.load("denoiser") is None
     assert caplog.text == ""  # not there is nothing wrong
@@ -73,20 +80,20 @@ def test_what_goes_wrong_is_logged_with_its_reason(tmp_path: Path, caplog: pytes
 def test_folder_that_cannot_be_written_is_used_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    CompiledCache.open(tmp_path, "a" * 64, **KEY).store("denoiser", b"blob")
+    CompiledCache.open(tmp_path, **KEY).store("denoiser", b"blob")
 
     def read_only(*_: object) -> int:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "write_bytes", read_only)
-    assert CompiledCache.open(tmp_path, "a" * 64, **KEY).load("denoiser") == b"blob"
+    assert CompiledCache.open(tmp_path, **KEY).load("denoiser") == b"blob"
     assert caplog.text == ""
 
 
 def test_full_disk_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache = CompiledCache.open(tmp_path, "a" * 64, **KEY)
+    cache = CompiledCache.open(tmp_path, **KEY)
     cache.store("denoiser", b"old")
 
     def full(self: Path, data: bytes) -> int:
@@ -112,7 +119,7 @@ def test_real_full_disk_is_a_miss(tmp_path: Path) -> None:
     if mounted != 0:
         pytest.skip("only root can mount a file system")
     try:
-        cache = CompiledCache.open(disk, "a" * 64, **KEY)
+        cache = CompiledCache.open(disk, **KEY)
         cache.store("small", b"blob")
         cache.store("large", bytes(2**20))
         assert cache.load("small") == b"blob"
@@ -123,12 +130,12 @@ def test_real_full_disk_is_a_miss(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_server_left_half_written_is_removed_when_it_is_old(tmp_path: Path) -> None:
-    cache = CompiledCache.open(tmp_path, "a" * 64, **KEY)
+    cache = CompiledCache.open(tmp_path, **KEY)
     assert cache.folder is not None
     old, new = (cache.folder / f".denoiser.blob.{name}{PARTIAL}" for name in ("old", "new"))
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
-    assert CompiledCache.open(tmp_path, "a" * 64, **KEY).load("denoiser") is None
+    assert CompiledCache.open(tmp_path, **KEY).load("denoiser") is None
     assert not old.exists()
     assert new.exists()  # another server may be writing it

@@ -6,13 +6,13 @@ and fake teacher start as it, as in any distillation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from engines.families.base import Conditioning, Family
+from engines.families.base import Conditioning, Family, TextEncoder
 
 MEANS = {"left": (-1.0, 0.5), "right": (1.0, -0.5)}
 PROMPTS = tuple(MEANS)
@@ -58,7 +58,7 @@ class ToyFamily(Family):
         self.transformer = ToyNet().requires_grad_(False)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype) -> ToyFamily:
+    def load(cls, folder: Path, dtype: torch.dtype, only: Collection[str] | None = None) -> ToyFamily:
         raise NotImplementedError
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -69,8 +69,14 @@ class ToyFamily(Family):
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def embed(self, ids: dict[str, Tensor]) -> Conditioning:
+    def text_encoders(self) -> list[TextEncoder]:
+        return []
+
+    def join(self, outputs: dict[str, Tensor]) -> Conditioning:
         raise NotImplementedError
+
+    def low_precision(self) -> tuple[str, ...]:
+        return ()
 
     def velocity(
         self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning

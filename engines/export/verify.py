@@ -1,0 +1,107 @@
+"""Every runtime that works here runs the written bundle, in each of its precisions, at every shape: is it the model?
+
+What is measured goes into the manifest; above tolerance there is no bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import Engine, EngineOptions, GraphEngine, load_engine, runtime_class
+from engines.bundle import Bundle, Manifest, Parity, PictureParity
+from engines.errors import ExportError, RuntimeUnavailable
+from engines.export.parity import compare
+from engines.export.plan import Pictures, Plan
+from engines.export.tolerance import Tolerance
+
+DEFAULT = ("onnxruntime", "openvino")
+"""Runtimes that prove themselves unless others are named: those of every CPU."""
+
+EQUAL_DB = 99.0
+"""PSNR of pictures that are equal: infinity is no JSON number."""
+
+
+def verify(
+    bundle: Bundle,
+    plan: Plan,
+    runtimes: tuple[str, ...],
+    tolerance: Tolerance,
+    progress: Callable[[str], None],
+) -> Manifest:
+    """The bundle's manifest with the parity of `runtimes` (empty: of those of `DEFAULT` that are installed) added.
+
+    Raises:
+        ExportError: a runtime that was named is not there, or one is off by more than `tolerance`.
+    """
+    parities: dict[str, list[Parity]] = {name: [] for name in bundle.manifest.components}
+    pictures: list[PictureParity] = []
+    for name in runtimes or DEFAULT:
+        try:
+            precisions = runtime_class(name).precisions(bundle)
+        except RuntimeUnavailable as error:
+            if runtimes:
+                raise ExportError(str(error)) from error
+            progress(f"{name} is left out: {error}")
+            continue
+        for precision in precisions:
+            progress(f"parity: {name} {precision}")
+            options = EngineOptions(name, precision, max_batch=max(*plan.batches, 2))
+            engine = load_engine(bundle, options)
+            assert isinstance(engine, GraphEngine)
+            try:
+                if (name, precision) != ("onnxruntime", "f32"):  # which every graph has been held to already
+                    for component, found in parities.items():
+                        found += _components(engine, component, plan, tolerance)
+                pictures += [_pictures(engine, reference, plan, tolerance) for reference in plan.pictures]
+            finally:
+                engine.close()
+    components = {
+        name: component.model_copy(update={"parity": (*component.parity, *parities[name])})
+        for name, component in bundle.manifest.components.items()
+    }
+    return bundle.manifest.model_copy(update={"components": components, "pictures": tuple(pictures)})
+
+
+def _components(engine: GraphEngine, component: str, plan: Plan, tolerance: Tolerance) -> list[Parity]:
+    found = []
+    for probe in plan.probes[component]:
+        if probe.short:  # serving always fills the tokenizer's length
+            continue
+        inputs = {name: tensor.numpy() for name, tensor in probe.inputs.items()}
+        actual = dict(engine.run(component, inputs))
+        found.append(compare(probe, "original", actual, engine.info.runtime, engine.info.precision))
+        tolerance.check(component, found[-1])
+    return found
+
+
+def _pictures(engine: Engine, reference: Pictures, plan: Plan, tolerance: Tolerance) -> PictureParity:
+    assert reference.image is not None
+    sigmas = plan.family.sigmas(plan.steps)
+    found = _draw(engine, reference, sigmas).astype(np.float64)
+    error = found - reference.image.numpy().astype(np.float64)
+    mean_square = float(np.mean(error**2))
+    parity = PictureParity(
+        runtime=engine.info.runtime,
+        precision=engine.info.precision,
+        size=reference.size,
+        steps=plan.steps,
+        batch=len(found),
+        psnr=round(min(EQUAL_DB, 10 * np.log10(255**2 / mean_square)), 2) if mean_square else EQUAL_DB,
+        max_abs=int(np.abs(error).max()),
+    )
+    tolerance.check_picture(parity)
+    return parity
+
+
+def _draw(engine: Engine, reference: Pictures, sigmas: tuple[float, ...]) -> NDArray[np.uint8]:
+    columns = [reference.ids[spec.input].tolist() for spec in engine.manifest.tokenizers]
+    conditioning = engine.encode([tuple(tuple(ids) for ids in row) for row in zip(*columns, strict=True)])
+    samples = [engine.put(noise) for noise in reference.noise.numpy()]
+    for sigma, sigma_next in pairwise(sigmas):
+        rows = len(samples)
+        samples, _ = engine.denoise(samples, [sigma] * rows, [sigma_next] * rows, conditioning)
+    return engine.decode(samples)
