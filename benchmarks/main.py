@@ -15,6 +15,13 @@ COMMANDS = {
         "one request through the bundle, beside diffusers and the teacher",
         extra="bench",
     ),
+    "steps": Command(
+        "benchmarks.steps:StepsBenchSettings",
+        "benchmarks.steps:run",
+        "one denoiser call and one request at every batch, beside diffusers, torch.compile and other runtimes",
+        extra="bench",
+        epilog="cdm-bench steps --bundle bundles/emoji --student runs/emoji-cdm/student --batches 1,2,4,8",
+    ),
     "http": Command(
         "benchmarks.http:HttpBenchSettings",
         "benchmarks.http:run",
@@ -66,6 +73,20 @@ COMMANDS = {
         "cdm-bench simulate --replicas 1000 --router two --duration 5 --trace bursty\n"
         "cdm-bench simulate --costs http://127.0.0.1:8000 --trace monday.csv --rates recorded",
         user_errors=("benchmarks.server:ServerError",),
+    ),
+    "roofline": Command(
+        "benchmarks.roofline:RooflineSettings",
+        "benchmarks.roofline:run",
+        "the denoiser's FLOP/s beside the best matrix product here, and where the rest goes",
+        extra="bench",
+        epilog="cdm-bench roofline --bundle bundles/emoji --student runs/emoji-cdm/student --batches 1,8",
+    ),
+    "sensitivity": Command(
+        "benchmarks.sensitivity:SensitivitySettings",
+        "benchmarks.sensitivity:run",
+        "what each layer of the denoiser costs in error when it computes in bfloat16",
+        extra="bench",
+        epilog="cdm-bench sensitivity --student runs/emoji-cdm/student",
     ),
     "coldstart": Command(
         "benchmarks.coldstart:ColdStartSettings",

@@ -48,7 +48,9 @@ def show(benchmark: str, rows: Sequence[Mapping[str, Any]], **facts: Any) -> Non
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.2f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2e}"
+    return str(value)
 
 
 def _cpu() -> str:

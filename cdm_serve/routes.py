@@ -92,7 +92,7 @@ async def info(
         "models": [served.name for served in models.services],
         "family": manifest.family,
         "engine": {"runtime": engine.runtime, "version": engine.version, "device": engine.device}
-        | {"precision": engine.precision, "max_batch": engine.max_batch},
+        | {"precision": engine.precision, "max_batch": engine.max_batch, "why": engine.why},
         "steps": list(limits.steps),
         "default_steps": limits.default_steps,
         "auto_deadline_ms": limits.auto_deadline_ms,

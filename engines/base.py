@@ -68,6 +68,8 @@ class EngineInfo:
     invariant_batch: int = 0
     overlap: bool = False
     """Whether a decode call may run, from another thread, while encode or denoise does, and gains by it."""
+    why: str = ""
+    """Why this runtime, if `auto` has chosen it."""
 
 
 class Engine(ABC):
@@ -133,24 +135,20 @@ RUNTIMES: dict[str, str] = {
 """Runtime name → `module:class`, imported only when asked for. A new runtime is one file and one line here."""
 
 AUTO = ("openvino", "onnxruntime")
-"""What `auto` tries, best first."""
+"""What `auto` chooses from; the others want something that only their user can say."""
 
 
 def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
-    """Load `bundle` on the asked-for runtime (`auto`: the first of `AUTO` whose packages are installed).
+    """Load `bundle` on the asked-for runtime (`auto`: the fastest here of `AUTO`, measured).
 
     Raises:
         RuntimeUnavailable: no such runtime, or its packages are missing here.
     """
-    if options.runtime != "auto":
-        return _load(options.runtime, bundle, options)
-    reasons = []
-    for name in AUTO:
-        try:
-            return _load(name, bundle, options)
-        except RuntimeUnavailable as error:
-            reasons.append(str(error))
-    raise RuntimeUnavailable("no runtime works here: " + "; ".join(reasons))
+    if options.runtime == "auto":
+        from engines.choose import choose
+
+        return choose(bundle, options)
+    return load_runtime(options.runtime, bundle, options)
 
 
 def runtime_class(name: str) -> Any:
@@ -171,7 +169,12 @@ def runtime_class(name: str) -> Any:
     return getattr(module, class_name)
 
 
-def _load(name: str, bundle: Bundle, options: EngineOptions) -> Engine:
+def load_runtime(name: str, bundle: Bundle, options: EngineOptions) -> Engine:
+    """Load `bundle` on runtime `name`, which `auto` is not.
+
+    Raises:
+        RuntimeUnavailable: no such runtime, its packages are missing here, or an option means nothing to it.
+    """
     if name in RUNTIMES and options.fake_costs is not None and name != "fake":
         raise RuntimeUnavailable(
             f"fake_costs={options.fake_costs} means nothing to {name}, whose calls take what they take; leave it out, "

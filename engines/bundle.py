@@ -28,6 +28,8 @@ FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 """Names of text encoders, diffusers' own; a bundle has the first, or more of them in this order."""
+MODEL = "model"
+"""Folder in a bundle with the student as it was, if it was asked for."""
 PROVENANCE = "provenance.json"
 """What training leaves in a student folder for the export: the fields of `Provenance` but `tools`."""
 
@@ -182,6 +184,8 @@ class Manifest(_Strict):
     default_steps: int
     guidance: None = None
     pictures: tuple[PictureParity, ...] = ()
+    model: tuple[FileRef, ...] = ()
+    """The student's own diffusers folder, below `MODEL`, for runtimes that run torch; empty: it was left out."""
     provenance: Provenance
 
     @model_validator(mode="after")
@@ -345,7 +349,7 @@ def file_refs(manifest: Manifest) -> list[FileRef]:
     graphs = [graph for component in manifest.components.values() for graph in component.graphs.values()]
     refs = [graph.file for graph in graphs]
     refs += [ref for graph in graphs for ref in graph.data]
-    return refs + [tokenizer.file for tokenizer in manifest.tokenizers]
+    return [*refs, *(tokenizer.file for tokenizer in manifest.tokenizers), *manifest.model]
 
 
 def _verify(root: Path, ref: FileRef) -> None:

@@ -1,6 +1,6 @@
 """Compiled models on disk, found again only if nothing that shaped them has changed.
 
-    cache = CompiledCache.open(options.cache_dir, "openvino", model=model_key(bundle.manifest), version="2026.4.1", …)
+    cache = CompiledCache.open(cache_dir, "openvino", model=graph_hashes(bundle.manifest), version="2026.4.1", …)
     blob = cache.load("denoiser-1x8x16x16")       # bytes, or None: not there, or damaged
     cache.store("denoiser-1x8x16x16", blob)
 
@@ -36,7 +36,7 @@ class CompiledCache:
     ) -> CompiledCache:
         """The folder under `root` for exactly this key: everything that shapes what the compiler makes.
 
-        That is the graphs and weights (`model_key`), the runtime's version, device, precision, shapes and threads.
+        That is the graphs and weights (`graph_hashes`), the runtime's version, device, precision, shapes and threads.
         """
         if root is None:
             return cls(None)
@@ -84,6 +84,11 @@ class CompiledCache:
             )
 
 
-def model_key(manifest: Manifest, precision: Precision = "float32") -> list[str]:
-    """Hashes of all graphs and weights of one precision: what else a manifest says compiles to the same."""
-    return [component.graphs[precision].sha256 for component in manifest.components.values()]
+def graph_hashes(manifest: Manifest, precision: Precision | None = None) -> list[str]:
+    """Hashes of all graphs and weights, of one precision or of all: nothing else changes what is compiled."""
+    return [
+        graph.sha256
+        for component in manifest.components.values()
+        for name, graph in component.graphs.items()
+        if precision in (None, name)
+    ]

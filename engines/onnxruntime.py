@@ -1,58 +1,70 @@
-"""ONNX Runtime on the CPU, in float32: the reference that every other runtime is compared with."""
+"""ONNX Runtime: float32 on the CPU, the reference that every other runtime is compared with; int8 there on request.
+
+Where the installed build has the CUDA provider, it is used, and inputs and outputs are bound to the device. That
+path has never run where this project is developed: there is no GPU.
+"""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import onnxruntime as ort
 
 from engines.base import EngineInfo, EngineOptions
 from engines.bundle import Bundle
+from engines.cache import CompiledCache, graph_hashes
 from engines.errors import RuntimeUnavailable
 from engines.rows import Array, HostEngine
 
-log = logging.getLogger("engines.onnxruntime")
+CUDA = "CUDAExecutionProvider"
+PRECISIONS = ("auto", "f32", "int8")
 
 
 class OnnxRuntimeEngine(HostEngine):
-    """A bundle on ONNX Runtime's CPU provider.
+    """A bundle on ONNX Runtime.
 
-    It optimises the graphs anew at every start (about a second for small models) and has no compiled form worth
-    keeping. Raises `RuntimeUnavailable` for a precision other than f32, and for a `cache_dir` where this very runtime
-    was asked for.
+    In float32 it optimises the graphs anew at every start (about a second for small models) and has no compiled form
+    worth keeping. `int8` quantizes the weights of matrix products once (`engines/quantize.py`), their other operand at
+    every call, and keeps the graphs in `cache_dir`.
+
+    Raises `RuntimeUnavailable` for a precision that it has not, and for a `cache_dir` in float32 where this very
+    runtime was asked for.
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         super().__init__(bundle, options)
-        if options.precision not in ("auto", "f32"):
+        if options.precision not in PRECISIONS:
             raise RuntimeUnavailable(
-                f"precision={options.precision!r} is not one of onnxruntime's: auto, f32; "
+                f"precision={options.precision!r} is not one of onnxruntime's: {', '.join(PRECISIONS)}; "
                 "the openvino runtime has bf16"
             )
-        if options.cache_dir is not None:
-            message = (
-                f"cache_dir={options.cache_dir} means nothing to onnxruntime, which has no compiled models to keep; "
-                "leave it out, or use the openvino runtime"
+        precision = "int8" if options.precision == "int8" else "f32"
+        if options.cache_dir is not None and precision == "f32" and options.runtime == "onnxruntime":
+            raise RuntimeUnavailable(
+                f"cache_dir={options.cache_dir} means nothing to onnxruntime in f32, which has no compiled models to "
+                "keep; leave it out, or use the openvino runtime"
             )
-            if options.runtime == "onnxruntime":
-                raise RuntimeUnavailable(message)
-            log.warning("%s", message)  # `auto` had no better choice
+        self._cuda = CUDA in ort.get_available_providers()
+        graphs: dict[str, Path | bytes] = {name: bundle.path(name) for name in bundle.manifest.components}
+        if precision == "int8":
+            graphs |= _quantized(bundle, options)
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads
         settings.inter_op_num_threads = 1
         settings.log_severity_level = 3
+        providers = [CUDA, "CPUExecutionProvider"] if self._cuda else ["CPUExecutionProvider"]
         self._sessions = {
-            component: ort.InferenceSession(
-                str(bundle.path(component)), settings, providers=["CPUExecutionProvider"]
+            name: ort.InferenceSession(
+                graph if isinstance(graph, bytes) else str(graph), settings, providers=providers
             )
-            for component in bundle.manifest.components
+            for name, graph in graphs.items()
         }
         self.info = EngineInfo(
             runtime="onnxruntime",
             version=ort.__version__,
-            device="CPU",
-            precision="f32",
+            device="CUDA" if self._cuda else "CPU",
+            precision=precision,
             max_batch=options.max_batch,
             threads=options.threads,
             invariant_batch=options.invariant_batch,
@@ -65,8 +77,42 @@ class OnnxRuntimeEngine(HostEngine):
     def run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         session = self._sessions[component]
         names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        if not self._cuda:
+            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        # Bound, so that nothing is copied to the host between the graph's own nodes, and outputs once at the end.
+        binding = session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
+        for name in names:
+            binding.bind_output(name, "cuda")
+        session.run_with_iobinding(binding)
+        return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
 
     def close(self) -> None:
         """Free the sessions."""
         self._sessions.clear()
+
+
+def _quantized(bundle: Bundle, options: EngineOptions) -> dict[str, bytes]:
+    """The int8 graphs of all components with matrix products, from the cache or made now."""
+    cache = CompiledCache.open(
+        options.cache_dir,
+        "onnxruntime",
+        model=graph_hashes(bundle.manifest, "float32"),
+        version=ort.__version__,
+        precision="int8",
+    )
+    graphs = {}
+    for name in (*bundle.manifest.text_encoders, "denoiser"):
+        graph = cache.load(name)
+        if graph is None:
+            try:
+                from engines.quantize import quantize
+            except ImportError as error:
+                raise RuntimeUnavailable(
+                    f"precision='int8' needs the package {error.name!r} once, to quantize; install the extra 'train'"
+                ) from error
+            graph = quantize(bundle.path(name))
+            cache.store(name, graph)
+        graphs[name] = graph
+    return graphs

@@ -22,8 +22,9 @@ import openvino.opset15 as ops
 
 from engines.base import EngineInfo, EngineOptions
 from engines.bundle import Bundle
-from engines.cache import CompiledCache, model_key
+from engines.cache import CompiledCache, graph_hashes
 from engines.errors import RuntimeUnavailable
+from engines.openvino_report import FusionReport, fusion_report
 from engines.rows import Array, HostEngine
 
 log = logging.getLogger("engines.openvino")
@@ -51,7 +52,7 @@ class OpenVINOEngine(HostEngine):
         self._cache = CompiledCache.open(
             options.cache_dir,
             "openvino",
-            model=model_key(self.manifest),
+            model=graph_hashes(self.manifest, "float32"),
             sizes=[f"{size.width}x{size.height}" for size in self.manifest.sizes],
             version=ov.get_version(),
             device=device,
@@ -91,23 +92,22 @@ class OpenVINOEngine(HostEngine):
     def run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         request = self._requests[component]
         if component == "denoiser":
-            if self._time is not None:
-                features = self._time.infer({"sigma": inputs["sigma"]})
-                inputs = {**inputs, **{port.get_any_name(): array for port, array in features.items()}}
+            inputs = self.with_time(inputs)
             if inputs["x"].shape == self._single:
                 request = self._single_request
         return {port.get_any_name(): array for port, array in request.infer(inputs).items()}
 
+    def with_time(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """The denoiser's inputs as its compiled graph takes them: where σ's waves were cut out, with those."""
+        if self._time is None:
+            return inputs
+        features = self._time.infer({"sigma": inputs["sigma"]})
+        return {**inputs, **{port.get_any_name(): array for port, array in features.items()}}
+
     def _load(self, name: str, shape: Shape | None = None) -> ov.InferRequest:
         """Component `name` (or `TIME`, the denoiser's float32 part), for any batch or for x of exactly `shape`."""
         precision = "f32" if name == TIME else self._precision
-        config: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": precision,
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-        }
-        if self._threads:
-            config["INFERENCE_NUM_THREADS"] = self._threads
+        config = self._config(precision)
         key = f"{name}-{'x'.join(map(str, shape))}" if shape else name
         if (blob := self._cache.load(key)) is not None:
             try:
@@ -117,6 +117,23 @@ class OpenVINOEngine(HostEngine):
         compiled = self._core.compile_model(self._model(name, shape), "CPU", config)
         if self._cache.folder is not None:
             self._cache.store(key, compiled.export_model().getvalue())
+        return compiled.create_infer_request()
+
+    def _config(self, precision: str) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+        }
+        if self._threads:
+            config["INFERENCE_NUM_THREADS"] = self._threads
+        return config
+
+    def profiled(self, component: str) -> ov.InferRequest:
+        """`component` compiled once more, for any batch, so that `profiling_info` says what each node took."""
+        compiled = self._core.compile_model(
+            self._model(component, None), "CPU", {**self._config(self._precision), "PERF_COUNT": True}
+        )
         return compiled.create_infer_request()
 
     def _model(self, name: str, shape: Shape | None) -> ov.Model:
@@ -153,6 +170,11 @@ class OpenVINOEngine(HostEngine):
         if shape:
             fixed["x"] = list(shape)
         return fixed
+
+    def fusion_report(self, component: str) -> FusionReport:
+        """What became of `component` in the compiled graph."""
+        compiled = self._requests[component].get_compiled_model()
+        return fusion_report(compiled, self._core.read_model(self._graphs[component]))
 
     def close(self) -> None:
         """Free the compiled models."""

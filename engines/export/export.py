@@ -23,8 +23,10 @@ import torch
 from engines.bundle import (
     FORMAT_VERSION,
     MANIFEST,
+    MODEL,
     PROVENANCE,
     Component,
+    FileRef,
     Latent,
     Manifest,
     Precision,
@@ -41,8 +43,11 @@ from engines.export.plan import make_plan
 from engines.export.stages import run_stage
 from engines.export.tolerance import Tolerance
 from engines.export.verify import verify
-from engines.families.base import Family, FamilyError, load_family
+from engines.families.base import INDEX, Family, FamilyError, load_family
 from engines.files import replace_folder
+
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model")
+"""What a diffusers folder is loaded from: configurations, weights, vocabularies."""
 
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -65,6 +70,8 @@ class ExportOptions:
     runtimes: tuple[str, ...] = ()
     batches: tuple[int, ...] = BATCHES
     seed: int = 0
+    weights: bool = False
+    """Put the student's own folder into the bundle, for the runtimes that run torch."""
     tolerance: Tolerance = field(default_factory=Tolerance)
 
 
@@ -149,12 +156,28 @@ def _write_bundle(
         default_size=sizes[0],
         schedules={steps: family.sigmas(steps) for steps in range(1, options.max_steps + 1)},
         default_steps=options.default_steps,
+        model=copy_model(student, root) if options.weights else (),
         provenance=read_provenance(student),
     )
     write_manifest(root, manifest)
     manifest = verify(load_bundle(root), plan, options.runtimes, options.tolerance, progress)
     write_manifest(root, manifest)
     return manifest
+
+
+def copy_model(student: Path, root: Path) -> tuple[FileRef, ...]:
+    """Copy what the student's `model_index.json` names, and no pickle, into the bundle at `root`."""
+    index = json.loads((student / INDEX).read_text(encoding="utf-8"))
+    folders = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+    files = [student / INDEX, *(path for name in folders for path in sorted((student / name).rglob("*")))]
+    refs = []
+    for path in files:
+        if path.is_file() and path.suffix in MODEL_FILES:
+            target = root / MODEL / path.relative_to(student)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            refs.append(file_ref(root, target))
+    return tuple(refs)
 
 
 def write_tokenizers(family: Family, root: Path) -> tuple[Tokenizer, ...]:

@@ -43,9 +43,13 @@ class ExportSettings(CommandSettings, env_prefix="CDM_EXPORT_"):
     skip_rewrites: list[str] = Field(
         [], description="exact rewrites of the model to leave out, to compare with"
     )
+    weights: bool = Field(
+        False,
+        description="put the student's own folder into the bundle too: the torch and aotinductor engines need it",
+    )
     verify: list[str] = Field(
         [],
-        description="runtimes that must match torch on the bundle; empty: those of every CPU that are installed",
+        description="runtimes that must match torch, such as openvino or onnxruntime:int8; empty: those of every CPU",
     )
     batches: list[int] = Field([1, 2, 3, 5], min_length=1, description="batch sizes compared with torch")
     seed: int = Field(0, ge=0, description="seed of the random inputs compared")
@@ -65,6 +69,11 @@ class ExportSettings(CommandSettings, env_prefix="CDM_EXPORT_"):
     )
     tolerance_psnr: float = Field(
         Tolerance.psnr, gt=0, description="least PSNR (dB) of whole float32 pictures against torch"
+    )
+
+    allow_unfused: bool = Field(
+        False,
+        description="write the bundle even if a runtime leaves the denoiser's attention in parts (slower)",
     )
 
     @field_validator("batches")
@@ -128,6 +137,7 @@ def export(settings: ExportSettings) -> int:
         sizes=tuple(_size(text) for text in settings.sizes),
         precisions=tuple(settings.precisions),
         skip=tuple(settings.skip_rewrites),
+        weights=settings.weights,
         runtimes=tuple(settings.verify),
         batches=tuple(settings.batches),
         seed=settings.seed,
@@ -136,6 +146,7 @@ def export(settings: ExportSettings) -> int:
             original=settings.tolerance_original,
             low=settings.tolerance_low,
             psnr=settings.tolerance_psnr,
+            unfused=settings.allow_unfused,
         ),
     )
     report = export_bundle(

@@ -33,6 +33,8 @@ class Tolerance:
     constants: float = 2e-3
     levels: int = 1
     psnr: float = 40.0
+    unfused: bool = False
+    """Whether a runtime may leave the denoiser's attention in parts."""
 
     def check(self, component: str, parity: Parity) -> None:
         """Raise `ExportError` if `parity` is above tolerance (or not a number)."""

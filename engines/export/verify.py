@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,20 @@ from engines.errors import ExportError, RuntimeUnavailable
 from engines.export.parity import compare
 from engines.export.plan import Pictures, Plan
 from engines.export.tolerance import Tolerance
+
+
+class Fusion(Protocol):
+    """What a runtime's compiler made of a graph, in words, and a check that raises `ExportError`."""
+
+    def require_attention(self, component: str) -> None: ...
+
+
+@runtime_checkable
+class ReportsFusion(Protocol):
+    """An engine that can say what its compiler fused."""
+
+    def fusion_report(self, component: str) -> Fusion: ...
+
 
 DEFAULT = ("onnxruntime", "openvino")
 """Runtimes that prove themselves unless others are named: those of every CPU."""
@@ -34,14 +49,17 @@ def verify(
 ) -> Manifest:
     """The bundle's manifest with the parity of `runtimes` (empty: of those of `DEFAULT` that are installed) added.
 
+    A runtime may be named with a precision (`onnxruntime:int8`); else it is held to each of its own.
+
     Raises:
         ExportError: a runtime that was named is not there, or one is off by more than `tolerance`.
     """
     parities: dict[str, list[Parity]] = {name: [] for name in bundle.manifest.components}
     pictures: list[PictureParity] = []
-    for name in runtimes or DEFAULT:
+    for asked in runtimes or DEFAULT:
+        name, _, precision = asked.partition(":")
         try:
-            precisions = runtime_class(name).precisions(bundle)
+            precisions = (precision,) if precision else runtime_class(name).precisions(bundle)
         except RuntimeUnavailable as error:
             if runtimes:
                 raise ExportError(str(error)) from error
@@ -56,6 +74,11 @@ def verify(
                 if (name, precision) != ("onnxruntime", "f32"):  # which every graph has been held to already
                     for component, found in parities.items():
                         found += _components(engine, component, plan, tolerance)
+                if isinstance(engine, ReportsFusion):
+                    report = engine.fusion_report("denoiser")
+                    progress(f"denoiser on {name} {precision}: {report}")
+                    if not tolerance.unfused:
+                        report.require_attention("denoiser")
                 pictures += [_pictures(engine, reference, plan, tolerance) for reference in plan.pictures]
             finally:
                 engine.close()

@@ -148,10 +148,6 @@ def test_compiled_cache_gives_the_same_picture(bundle: Bundle, tmp_path: Path) -
     assert pictures[0].tobytes() == pictures[1].tobytes() == pictures[2].tobytes()
 
 
-def test_auto_takes_the_best_runtime_that_is_installed(bundle: Bundle) -> None:
-    assert load_engine(bundle, EngineOptions(threads=1)).info.runtime == "openvino"
-
-
 @pytest.mark.parametrize(
     ("flags", "precision"),
     [
@@ -171,8 +167,3 @@ def test_auto_precision_is_bf16_only_where_the_cpu_has_it(flags: str, precision:
 def test_unknown_precision_is_refused_with_those_there_are(bundle: Bundle, runtime: str) -> None:
     with pytest.raises(RuntimeUnavailable, match=r"precision='int3' .*: auto, f32"):
         load_engine(bundle, EngineOptions(runtime, "int3"))
-
-
-def test_onnxruntime_refuses_a_cache_that_it_would_not_fill(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeUnavailable, match=r"cache_dir=.* means nothing to onnxruntime.*leave it out"):
-        load_engine(bundle, EngineOptions("onnxruntime", cache_dir=tmp_path))

@@ -1,0 +1,216 @@
+"""A student as people have it → a diffusers folder that can be exported: an adapter merged, every dtype known.
+
+    folder = prepare_student(Path("runs/base"), Path("runs/adapter"), into)     # base + LoRA → `into`
+    check_dtypes(folder)
+
+Merging holds one component in memory at a time, in float32; what no adapter changes is hard-linked.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+
+from engines.bundle import PROVENANCE, TEXT_ENCODERS
+from engines.errors import ExportError
+from engines.export.adapter import Adapter, merge_, read_adapter
+from engines.families.base import HUB_ID, INDEX
+from engines.families.loading import quiet
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights that are loaded as they are; all else is a quantized checkpoint, which wants its own code."""
+
+INTEGERS = ("I64", "I32")
+BUFFERS = ("position_ids", "num_batches_tracked")
+"""Last parts of the names of tensors that are integers in an ordinary checkpoint too."""
+
+WEIGHTS = ("diffusion_pytorch_model", "model")
+"""What diffusers and transformers call a component's weights."""
+
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model")
+"""What a diffusers folder is loaded from: configurations, weights, vocabularies."""
+
+CONFIG = "config.json"
+"""A model's configuration."""
+
+WEIGHTED = ("transformer", "vae", *TEXT_ENCODERS)
+"""Components that have weights."""
+
+LIBRARIES = ("diffusers", "transformers")
+"""Where a component's class may come from."""
+
+
+def prepare_student(student: Path, lora: Path | None, into: Path) -> Path:
+    """The folder to export: `student` itself, or, with an adapter, `into`, which must not be there yet.
+
+    `student` is a local diffusers folder or a hub id; with an adapter a hub id's weights are downloaded.
+
+    Raises:
+        ExportError: no such base or adapter, one that does not fit the other, or a full disk. `into` is then not there.
+    """
+    if lora is None:
+        return student
+    adapter = read_adapter(lora)
+    base = _local(student)
+    index = _components(base)
+    if missing := [name for name in adapter.components() if name not in index]:
+        raise ExportError(f"{lora} is an adapter for {missing[0]}, which {student} does not have")
+    check_dtypes(base)
+    try:
+        into.mkdir(parents=True)
+        try:
+            _write(base, index, adapter, into)
+        except BaseException:
+            shutil.rmtree(into, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise ExportError(f"{into} cannot be written: {error.strerror or error}") from error
+    return into
+
+
+def _write(base: Path, index: dict[str, tuple[str, str]], adapter: Adapter, into: Path) -> None:
+    for name, (library, kind) in index.items():
+        if name in adapter.components():
+            _write_merged(base, name, library, kind, adapter, into)
+        else:
+            for path in sorted((base / name).rglob("*")):
+                if path.is_file() and path.suffix in MODEL_FILES:
+                    _link(path, into / path.relative_to(base))
+    for name in (INDEX, PROVENANCE):
+        if (base / name).is_file():
+            _link(base / name, into / name)
+
+
+def _write_merged(base: Path, name: str, library: str, kind: str, adapter: Adapter, into: Path) -> None:
+    if library not in LIBRARIES:
+        raise ExportError(
+            f"{base} has a {library}.{kind} as its {name}; only {' and '.join(LIBRARIES)} are loaded"
+        )
+    try:
+        with quiet():
+            module: Any = getattr(importlib.import_module(library), kind).from_pretrained(
+                str(base / name), dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
+    except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise ExportError(f"{base / name} cannot be loaded as {kind}: {error}") from error
+    module = merge_(adapter, name, module.eval().requires_grad_(False))
+    with quiet():
+        module.save_pretrained(str(into / name), safe_serialization=True)
+    # The model is what it was, and what is written into a configuration tells of this machine.
+    (into / name / CONFIG).unlink()
+    _link(base / name / CONFIG, into / name / CONFIG)
+    del module
+    gc.collect()
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where there can be none. The hub's cache has symbolic links, which are followed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _local(student: Path) -> Path:
+    """The folder of a hub id: diffusers downloads what the pipeline needs, in safetensors, or finds it in its cache."""
+    hub_id = student.as_posix()
+    if student.exists() or not HUB_ID.fullmatch(hub_id):
+        return student
+    try:
+        with quiet():
+            return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
+    except Exception as error:  # the hub's, its HTTP client's and the cache's errors share no base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ExportError(
+            f"there is no folder {hub_id}, and the hub's model {hub_id!r} cannot be had ({reason}); name a local "
+            "diffusers folder, or download the model once with a connection"
+        ) from error
+
+
+def _components(folder: Path) -> dict[str, tuple[str, str]]:
+    """Library and class of every component that the folder's index names and that is there."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        named = {
+            name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None
+        }
+    except (OSError, ValueError, AttributeError) as error:
+        raise ExportError(f"{folder} is not a diffusers folder: {INDEX} is missing or unreadable") from error
+    if missing := [name for name in named if not (folder / name).is_dir()]:
+        raise ExportError(f"{folder} lacks {', '.join(missing)}, which its {INDEX} names")
+    return {name: (str(entry[0]), str(entry[1])) for name, entry in named.items()}
+
+
+def check_dtypes(student: Path) -> None:
+    """Refuse weights that are incomplete or not floating-point before hours are spent on them; only headers are read.
+
+    A hub id is let pass: its files are not here yet.
+
+    Raises:
+        ExportError: naming the file and, if it is about one, the tensor.
+    """
+    if not student.is_dir():
+        return
+    for name in _components(student):
+        if name in WEIGHTED:
+            for file in _weight_files(student / name):
+                _check_header(file)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What `from_pretrained` would load, in safetensors: one file, or what an index names."""
+    files = [folder / f"{stem}.safetensors" for stem in WEIGHTS]
+    files = [file for file in files if file.is_file()]
+    for index in (folder / f"{stem}.safetensors.index.json" for stem in WEIGHTS):
+        if index.is_file():
+            files += _shards(index)
+    if not files:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise ExportError(
+            f"{folder} has no {' or '.join(f'{stem}.safetensors' for stem in WEIGHTS)} (there is {found}); pickles and "
+            "variants such as .fp16 are not loaded, so save the model again as plain safetensors"
+        )
+    return files
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted({index.parent / str(name) for name in weight_map.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"{index} is not an index of shards; save or download the model again") from error
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise ExportError(
+            f"{index.parent} lacks {missing[0]}, {len(missing)} of the {len(shards)} files that {index.name} names; "
+            "copy or download the rest"
+        )
+    return shards
+
+
+def _check_header(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118  (no mapping)
+    except (OSError, SafetensorError) as error:
+        pointer = file.stat().st_size < 1000 and file.read_bytes().startswith(b"version https://git-lfs")
+        reason = (
+            "it is a Git LFS pointer; run git lfs pull" if pointer else f"{error}; copy or download it again"
+        )
+        raise ExportError(f"{file} is no whole safetensors file: {reason}") from error
+    for name, dtype in dtypes.items():
+        if dtype in FLOATS or (dtype in INTEGERS and name.rpartition(".")[2] in BUFFERS):
+            continue
+        raise ExportError(
+            f"{file}: {name} is {dtype}; weights in {', '.join(FLOATS)} are needed, so export the checkpoint from "
+            "before it was quantized"
+        )

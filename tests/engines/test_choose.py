@@ -1,0 +1,112 @@
+"""`auto` takes what measures fastest, says so, and remembers it for exactly this model and machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import engines.choose
+from engines.base import Engine, EngineOptions
+from engines.bundle import Bundle
+from engines.choose import choose
+from engines.errors import RuntimeUnavailable
+from engines.fake import FakeEngine, fake_bundle
+
+MS = 0.001
+Load = Callable[[str, Bundle, EngineOptions], Engine]
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Bundle, list[str], dict[str, float]]:
+    """A bundle, the runtimes loaded so far, and what a call costs on each (seconds); none for a name: not installed.
+
+    Time is counted, not waited for.
+    """
+    clock, loaded, costs = [0.0], [], {"slow": 9 * MS, "quick": 2 * MS}
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    def load(name: str, bundle: Bundle, options: EngineOptions) -> Engine:
+        if name not in costs:
+            raise RuntimeUnavailable(f"runtime {name!r} needs the package {name!r}, which is not installed")
+        loaded.append(name)
+        engine = FakeEngine(bundle, EngineOptions(), cost=lambda *_: costs[name], sleep=sleep)
+        if costs[name] < 0:
+            engine.fail("denoise")
+        engine.info = engine.info.__class__(**{**vars(engine.info), "runtime": name})
+        return engine
+
+    monkeypatch.setattr(engines.choose, "load_runtime", load)
+    monkeypatch.setattr(engines.choose, "AUTO", ("slow", "quick", "absent"))
+    monkeypatch.setattr(engines.choose.time, "perf_counter", lambda: clock[0])
+    return fake_bundle(tmp_path), loaded, costs
+
+
+def test_the_fastest_is_taken_and_the_figures_are_told(
+    machine: tuple[Bundle, list[str], dict[str, float]],
+) -> None:
+    bundle, loaded, _ = machine
+    info = choose(bundle, EngineOptions()).info
+    assert info.runtime == "quick"
+    assert info.why == "quick float32 makes a picture of 4 steps in 12 ms, slow float32 in 54 ms"
+    assert loaded == ["slow", "quick"]
+
+
+def test_the_order_of_candidates_decides_nothing(
+    machine: tuple[Bundle, list[str], dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines.choose, "AUTO", ("quick", "slow"))
+    assert choose(machine[0], EngineOptions()).info.runtime == "quick"
+
+
+def test_verdict_is_remembered_until_something_changes(
+    machine: tuple[Bundle, list[str], dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, loaded, costs = machine
+    options = EngineOptions(cache_dir=tmp_path / "cache")
+    choose(bundle, options)
+    loaded.clear()
+    costs["slow"] = 1 * MS  # would win now
+    info = choose(bundle, options).info
+    assert (info.runtime, loaded) == ("quick", ["quick"])
+    assert info.why.endswith("(measured at an earlier start)")
+    assert choose(bundle, EngineOptions(cache_dir=tmp_path / "cache", threads=3)).info.runtime == "slow"
+    monkeypatch.setattr(engines.choose, "_processor", lambda: "another machine")
+    assert choose(bundle, options).info.runtime == "slow"
+
+
+def test_remembered_runtime_that_is_gone_is_measured_anew(
+    machine: tuple[Bundle, list[str], dict[str, float]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle, _, costs = machine
+    options = EngineOptions(cache_dir=tmp_path / "cache")
+    choose(bundle, options)
+    del costs["quick"]
+    info = choose(bundle, options).info
+    assert info.runtime == "slow"
+    assert info.why.startswith(
+        "slow is the only runtime that works here: runtime 'quick' needs the package 'quick'"
+    )
+    assert "does not load any more" in caplog.text
+
+
+def test_candidate_that_fails_is_left_out_with_its_reason(
+    machine: tuple[Bundle, list[str], dict[str, float]],
+) -> None:
+    bundle, _, costs = machine
+    costs["quick"] = -MS
+    info = choose(bundle, EngineOptions()).info
+    assert info.runtime == "slow"
+    assert "quick fails: denoise call 1 was told to fail" in info.why
+
+
+def test_nothing_that_works_is_an_error_with_every_reason(
+    machine: tuple[Bundle, list[str], dict[str, float]],
+) -> None:
+    bundle, _, costs = machine
+    costs.clear()
+    with pytest.raises(RuntimeUnavailable, match=r"no runtime works here: runtime 'slow' .*; runtime 'quick'"):
+        choose(bundle, EngineOptions())
