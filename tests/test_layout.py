@@ -25,8 +25,11 @@ MAY_IMPORT = {
 """Imports point one way. Only benchmarks import `cdm_serve`: its scheduler, on a virtual clock."""
 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "torchvision"}
-MODULES_WITH_TORCH = ("engines.export", "engines.families")
-MAY_IMPORT_HEAVY = ("engines/export/", "engines/families/", "training/", "benchmarks/")
+MODULES_WITH_TORCH = ("engines.export", "engines.families", "engines.kernels", "engines.torch", "engines.aotinductor")
+MAY_IMPORT_HEAVY = (
+    "engines/export/", "engines/families/", "engines/kernels/", "engines/torch", "engines/aotinductor", "training/",
+    "benchmarks/",
+)  # fmt: skip
 
 TOP_LEVEL = {
     *PACKAGES, "tests", "scripts", "docs", "deploy", ".ci",

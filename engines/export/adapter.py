@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from diffusers.loaders import SD3LoraLoaderMixin
 from diffusers.loaders.lora_base import (
@@ -29,7 +30,7 @@ from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -120,14 +121,20 @@ def _find(path: Path) -> Path:
 
 
 def _check_config(folder: Path) -> None:
-    """A PEFT adapter is nothing without its settings."""
+    """A PEFT adapter is nothing without its settings, and another model with settings that are not understood."""
     path = folder / CONFIG_NAME
     try:
-        kind = PeftConfig.from_pretrained(str(folder)).peft_type
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config["peft_type"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ExportError(f"{path} is not a PEFT adapter's configuration: {_first_line(error)}") from error
+        raise ExportError(f"{path} is not a PEFT adapter's configuration ({_first_line(error)})") from error
     if kind != PeftType.LORA:
-        raise ExportError(f"{path} is of a {getattr(kind, 'value', kind)} adapter; LORA is needed")
+        raise ExportError(f"{path} is of {kind!r}; a LORA adapter is needed")
+    known = {field.name for field in fields(LoraConfig)}
+    if unknown := [name for name, value in config.items() if value and name not in known]:
+        raise ExportError(
+            f"{path} sets {unknown[0]}, which PEFT {peft.__version__} does not know; install the newest PEFT"
+        )
 
 
 def _split(file: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Adapter:

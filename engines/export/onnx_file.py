@@ -24,8 +24,8 @@ OPSET: dict[Precision, int] = {"float32": 20, "bfloat16": 23}
 """20 is the newest that every CPU runtime here runs in float32 without decomposing what it just composed; 23 has
 Attention and RMSNormalization as one node each, which NVIDIA's parsers want (24 decomposes the norm again)."""
 
-SINGLE_FILE_BYTES = 1_500_000_000
-"""Above this the weights go to a file of their own: protobuf cannot hold 2 GB."""
+SINGLE_FILE_BYTES = 256_000_000
+"""Above this the weights go to a file of their own: protobuf cannot hold 2 GB, and copies what it holds."""
 
 _DTYPES: dict[ir.DataType, DType] = {
     ir.DataType.FLOAT: "float32",

@@ -25,7 +25,7 @@ BATCHES = (1, 2, 3, 5)
 
 EXAMPLE_BATCH = 4
 
-FOLDED_BYTES = 1_500_000_000
+FOLDED_BYTES = 256_000_000
 """Above this ONNX Runtime must not fold the weights' casts when a graph is checked: it would hold them twice."""
 
 

@@ -72,6 +72,7 @@ def run_stage(
     for probe in stage.probes:
         answer(stage.name, module, probe, "original")
     stage.meanwhile(family)
+    _release(module)
     del family, module
     exports = {"float32": _float32, "bfloat16": _bfloat16}
     written = [exports[precision](stage, load, root, tolerance) for precision in precisions]
@@ -99,6 +100,7 @@ def _float32(stage: Stage, load: Loader, root: Path, tolerance: Tolerance) -> Wr
     model = _trace(stage, module, "float32")
     store_weights_as_float16(model)
     written = _save(stage, model, root, "float32")
+    _release(module)
     del family, module, model
     gc.collect()
     session = open_session(root / written[0].file.file, data_bytes=sum(ref.bytes for ref in written[0].data))
@@ -122,10 +124,13 @@ def _bfloat16(stage: Stage, load: Loader, root: Path, tolerance: Tolerance) -> W
         answer(stage.name, module, probe, "lowered")
         parities.append(compare(probe, "original", probe.answers.pop("lowered"), "torch", "bf16"))
         tolerance.check(stage.name, parities[-1])
-    written = _save(stage, _trace(stage, module, "bfloat16"), root, "bfloat16")
+    model = _trace(stage, module, "bfloat16")
+    written = _save(stage, model, root, "bfloat16")
+    del model
     raise_(module)
     for probe in stage.probes:
         answer(stage.name, module, probe, "stored")
+    _release(module)
     del family, module
     gc.collect()
     session = raised_session(root / written[0].file.file, sum(ref.bytes for ref in written[0].data))
@@ -149,6 +154,14 @@ def _trace(stage: Stage, module: GraphModule, precision: Precision) -> ir.Model:
 def _save(stage: Stage, model: ir.Model, root: Path, precision: Precision) -> Written:
     graph = save_model(root, f"{stage.name}{SUFFIX[precision]}", model)
     return graph, describe(list(model.graph.inputs)), describe(list(model.graph.outputs)), []
+
+
+def _release(module: GraphModule) -> None:
+    """Give the weights' memory back now: pipelines refer to themselves, and torch's exporter keeps what it traced."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        storage = tensor.untyped_storage()
+        if storage.resizable():
+            storage.resize_(0)
 
 
 def check_finite(part: str, module: GraphModule) -> None:

@@ -38,3 +38,12 @@ def test_sigterm_after_an_engine_was_unloaded_on_another_thread_is_handled(tiny_
         [sys.executable, "-c", PROGRAM, str(tiny_bundle.root)], capture_output=True, text=True, timeout=120
     )
     assert ended.returncode == 0, ended.stderr
+
+
+def test_importing_openvino_here_reports_to_nobody() -> None:
+    script = (
+        "import sys, engines.openvino\n"
+        "assert 'openvino.tools.ovc.telemetry_stub' in sys.modules\n"
+        "assert not [name for name in sys.modules if name.startswith('openvino_telemetry.')]\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
