@@ -88,6 +88,13 @@ COMMANDS = {
         extra="bench",
         epilog="cdm-bench sensitivity --student runs/emoji-cdm/student",
     ),
+    "tensorrt": Command(
+        "benchmarks.tensorrt:TensorRTBenchSettings",
+        "benchmarks.tensorrt:run",
+        "TensorRT-RTX engines for GPUs that need not be here: sizes, memory, fusions",
+        extra="bench",
+        epilog="cdm-bench tensorrt --bundle bundles/mine --capabilities 8.9,12.0 --cache-dir engines-cache",
+    ),
     "coldstart": Command(
         "benchmarks.coldstart:ColdStartSettings",
         "benchmarks.coldstart:run",

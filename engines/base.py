@@ -130,6 +130,8 @@ class GraphEngine(Engine):
 RUNTIMES: dict[str, str] = {
     "openvino": "engines.openvino:OpenVINOEngine",
     "onnxruntime": "engines.onnxruntime:OnnxRuntimeEngine",
+    "tensorrt-rtx": "engines.tensorrt:TensorRTRTXEngine",
+    "tensorrt": "engines.tensorrt:TensorRTEngine",
     "fake": "engines.fake:FakeEngine",
 }
 """Runtime name → `module:class`, imported only when asked for. A new runtime is one file and one line here."""

@@ -108,5 +108,7 @@ def test_nothing_that_works_is_an_error_with_every_reason(
 ) -> None:
     bundle, _, costs = machine
     costs.clear()
-    with pytest.raises(RuntimeUnavailable, match=r"no runtime works here: runtime 'slow' .*; runtime 'quick'"):
+    with pytest.raises(
+        RuntimeUnavailable, match=r"no runtime works here: runtime 'slow' .*; runtime 'quick'"
+    ):
         choose(bundle, EngineOptions())
