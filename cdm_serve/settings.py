@@ -30,8 +30,20 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
     bundle: tuple[Path, ...] = Field(
         (), description="folders of exported models, the default first; none: the bundled model"
     )
-    engine: Literal["auto", "openvino", "onnxruntime", "fake"] = Field(
-        "auto", description="runtime that runs the bundle; fake needs no bundle and paints colour fields"
+    engine: Literal[
+        "auto",
+        "openvino",
+        "onnxruntime",
+        "tensorrt-rtx",
+        "tensorrt",
+        "torch",
+        "aotinductor",
+        "triton",
+        "fake",
+    ] = Field(
+        "auto",
+        description="runtime that runs the bundle; auto: the faster of openvino and onnxruntime, measured; fake needs "
+        "no bundle and paints colour fields",
     )
     precision: str = Field("auto", description="arithmetic of the runtime; auto: the runtime's best here")
     threads: int = Field(0, ge=0, le=1024, description="threads of the runtime; 0: the runtime chooses")
@@ -50,6 +62,17 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
 
     fake_costs: Path | None = Field(
         None, description="cost table (JSON): how long calls of the fake engine take; none: no time"
+    )
+
+    triton_url: str = Field(
+        "",
+        max_length=255,
+        description="with --engine triton: gRPC address (host:port) of the server that executes",
+    )
+    torch_compile: bool = Field(False, description="with --engine torch: compile the denoiser at the start")
+    fused_kernels: bool | None = Field(
+        None,
+        description="with --engine torch or aotinductor: use our Triton kernels; none: where there is a GPU for them",
     )
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0: all")
@@ -192,4 +215,7 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
             invariant_batch=self.invariant_batch,
             cache_dir=self.cache_dir,
             fake_costs=self.fake_costs,
+            triton_url=self.triton_url,
+            torch_compile=self.torch_compile,
+            fused_kernels=self.fused_kernels,
         )

@@ -53,6 +53,12 @@ class EngineOptions:
     invariant_batch: int = 0
     fake_costs: Path | None = None
     """Table of what calls shall take (`engines/call_costs.py`); only the fake runtime can follow one."""
+    triton_url: str = ""
+    """gRPC address (host:port) of the NVIDIA Triton server that executes for the triton runtime."""
+    torch_compile: bool = False
+    """Let the torch runtime compile the denoiser when it loads."""
+    fused_kernels: bool | None = None
+    """Whether torch and aotinductor use the kernels of `engines/kernels`; None: where there is a GPU for them."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +138,20 @@ RUNTIMES: dict[str, str] = {
     "onnxruntime": "engines.onnxruntime:OnnxRuntimeEngine",
     "tensorrt-rtx": "engines.tensorrt:TensorRTRTXEngine",
     "tensorrt": "engines.tensorrt:TensorRTEngine",
+    "torch": "engines.torch_engine:TorchEngine",
+    "aotinductor": "engines.aotinductor:AOTInductorEngine",
+    "triton": "engines.triton:TritonEngine",
     "fake": "engines.fake:FakeEngine",
 }
 """Runtime name → `module:class`, imported only when asked for. A new runtime is one file and one line here."""
+
+ONLY_FOR = {
+    "fake_costs": ("fake",),
+    "triton_url": ("triton",),
+    "torch_compile": ("torch",),
+    "fused_kernels": ("torch", "aotinductor"),
+}
+"""Options that mean something to these runtimes alone."""
 
 AUTO = ("openvino", "onnxruntime")
 """What `auto` chooses from; the others want something that only their user can say."""
@@ -177,10 +194,15 @@ def load_runtime(name: str, bundle: Bundle, options: EngineOptions) -> Engine:
     Raises:
         RuntimeUnavailable: no such runtime, its packages are missing here, or an option means nothing to it.
     """
-    if name in RUNTIMES and options.fake_costs is not None and name != "fake":
-        raise RuntimeUnavailable(
-            f"fake_costs={options.fake_costs} means nothing to {name}, whose calls take what they take; leave it out, "
-            "or choose the fake runtime"
-        )
+    for option, runtimes in ONLY_FOR.items():
+        value = getattr(options, option)
+        if (
+            name in RUNTIMES
+            and name not in runtimes
+            and value != EngineOptions.__dataclass_fields__[option].default
+        ):
+            raise RuntimeUnavailable(
+                f"{option}={value} means nothing to the {name} runtime; leave it out, or choose {' or '.join(runtimes)}"
+            )
     engine: Engine = runtime_class(name)(bundle, options)
     return engine

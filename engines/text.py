@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from engines import spelling
 from engines.base import TokenIds
 from engines.bundle import Bundle
+from engines.bundle import Tokenizer as Spec
 from engines.errors import BundleError
 
 
@@ -31,18 +33,17 @@ class BundleTokenizers:
                 tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
             except Exception as error:  # the package raises plain Exception
                 raise BundleError(f"{path} is not a tokenizer that can be read here: {error}") from error
-            # Special tokens (start, end) count as part of the length, so the end token survives the cut.
-            length = spec.length - len(spec.prefix) - len(spec.suffix)
-            tokenizer.enable_truncation(max_length=length)
-            tokenizer.enable_padding(length=length, pad_id=spec.pad_id)
+            if not spec.spell_quotes:
+                # Special tokens (start, end) count as part of the length, so the end token survives the cut.
+                length = spec.length - len(spec.prefix) - len(spec.suffix)
+                tokenizer.enable_truncation(max_length=length)
+                tokenizer.enable_padding(length=length, pad_id=spec.pad_id)
             self._tokenizers.append((spec, tokenizer))
 
     def tokenize(self, prompt: str) -> TokenIds:
         """Ids per tokenizer, each exactly its length. Any Python string: half a surrogate pair reads as U+FFFD."""
         text = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return tuple(
-            (*spec.prefix, *tokenizer.encode(text).ids, *spec.suffix) for spec, tokenizer in self._tokenizers
-        )
+        return tuple(_ids(text, spec, tokenizer) for spec, tokenizer in self._tokenizers)
 
     def batch(self, tokens: Sequence[TokenIds]) -> dict[str, NDArray[np.int64]]:
         """The text encoder's inputs, `(batch, length)` each."""
@@ -50,3 +51,15 @@ class BundleTokenizers:
         return {
             name: np.array(column, dtype=np.int64) for name, column in zip(self.inputs, columns, strict=True)
         }
+
+
+def _ids(text: str, spec: Spec, tokenizer: Tokenizer) -> tuple[int, ...]:
+    if not spec.spell_quotes:
+        return (*spec.prefix, *tokenizer.encode(text).ids, *spec.suffix)
+
+    def encode(piece: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    ids = spelling.tokenize(text, encode)
+    return tuple(spelling.frame(ids, spec.length, spec.pad_id, spec.prefix, spec.suffix))

@@ -101,20 +101,20 @@ def _size(text: str) -> Size:
 def parity_table(manifest: Manifest) -> str:
     """The measured errors: the worst over batches and sizes by component, runtime and reference; whole pictures."""
     rows = [
-        f"{'component':<16}{'on':<22}{'against torch with':<19}{'shapes':>7}{'max abs':>10}{'rel L2':>11}"
+        f"{'component':<16}{'on':<34}{'against torch with':<19}{'shapes':>7}{'max abs':>10}{'rel L2':>11}"
     ]
     for name, component in manifest.components.items():
         for key in dict.fromkeys((item.runtime, item.precision, item.weights) for item in component.parity):
             found = [item for item in component.parity if (item.runtime, item.precision, item.weights) == key]
             runtime, precision, weights = key
             rows.append(
-                f"{name:<16}{f'{runtime} {precision}':<22}{f'{weights} weights':<19}{len(found):>7}"
+                f"{name:<16}{f'{runtime} {precision}':<34}{f'{weights} weights':<19}{len(found):>7}"
                 f"{max(item.max_abs for item in found):>10.2e}{max(item.rel_l2 for item in found):>11.2e}"
             )
     for picture in manifest.pictures:
         size = f"{picture.size.width}x{picture.size.height}"
         rows.append(
-            f"{f'picture {size}':<16}{f'{picture.runtime} {picture.precision}':<22}{f'{picture.steps} steps':<19}"
+            f"{f'picture {size}':<16}{f'{picture.runtime} {picture.precision}':<34}{f'{picture.steps} steps':<19}"
             f"{picture.batch:>7}{picture.max_abs:>7} /255{picture.psnr:>8.1f} dB"
         )
     return "\n".join(rows)

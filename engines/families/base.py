@@ -149,6 +149,7 @@ class Family(ABC):
 
 FAMILIES: dict[str, str] = {
     "StableDiffusion3Pipeline": "engines.families.sd3:SD3Family",
+    "LongCatImagePipeline": "engines.families.longcat:LongCatFamily",
 }
 """Pipeline class → `module:class`. A new family is one file and one line here."""
 

@@ -58,7 +58,7 @@ def test_fake_engine_waits_for_what_the_table_says(bundle: Bundle, tmp_path: Pat
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_real_runtime_cannot_be_told_how_long_to_take(bundle: Bundle, tmp_path: Path, runtime: str) -> None:
     options = EngineOptions(runtime=runtime, fake_costs=written(tmp_path, ROWS))
-    with pytest.raises(RuntimeUnavailable, match=rf"fake_costs=.* means nothing to {runtime}"):
+    with pytest.raises(RuntimeUnavailable, match=rf"fake_costs=.* means nothing to the {runtime} runtime"):
         load_engine(bundle, options)
 
 
