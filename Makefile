@@ -6,6 +6,7 @@ SHELL := bash
 
 SERVE := .venv-serve
 TEST := .venv
+TRITON := .venv-triton
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
@@ -18,7 +19,7 @@ endif
 PIP = -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check readme model figures load fuzz clean lock python
+.PHONY: help serve test triton kernels check readme model figures load fuzz clean lock python
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,8 +27,13 @@ help: ## list the targets
 serve: $(SERVE)/.installed ## install what serving needs (once) and serve on http://127.0.0.1:8000; PORT=… HOST=… ARGS='--flag …'
 	$(SERVE)/bin/cdm-serve --host $(HOST) --port $(PORT) $(ARGS)
 
-test: $(TEST)/.installed ## install everything (once) and run the tests; ARGS='-k …'
+test: $(TEST)/.installed $(TRITON)/.installed ## install everything (once) and run the tests; ARGS='-k …'
 	$(TEST)/bin/python -m pytest $(ARGS)
+
+triton: $(TRITON)/.installed ## install Triton Inference Server's wheel, for its tests and cdm-bench triton
+
+kernels: $(TEST)/.installed ## compile the GPU kernels for every GPU generation; needs no GPU
+	$(BIN)/python -m engines.kernels.compile
 
 check: $(TEST)/.installed ## ruff, mypy --strict, layout rules, hadolint, shellcheck
 	PATH="$(CURDIR)/$(TEST)/bin:$$PATH" scripts/check
@@ -80,7 +86,7 @@ fuzz: $(TEST)/.installed ## Schemathesis against the served API, deep (an hour)
 	FUZZ_EXAMPLES=3000 $(BIN)/python -m pytest tests/cdm_serve/test_schemathesis.py
 
 clean: ## remove environments, caches and build output (never data/ and runs/)
-	rm -rf $(SERVE) $(TEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(SERVE) $(TEST) $(TRITON) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find cdm_serve engines training benchmarks tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 python:
@@ -92,6 +98,12 @@ $(SERVE)/.installed: pyproject.toml constraints.txt | python
 	$(PYTHON) -m venv --clear $(SERVE)
 	$(SERVE)/bin/python $(PIP) --editable '.[openvino]'
 	@touch $@
+
+# The server's wheel is for one platform: where it cannot be installed, its tests are skipped and say so.
+$(TRITON)/.installed: Makefile | python
+	@test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
+	-$(TRITON)/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off --no-deps nvidia-pytriton==0.7.0 \
+		&& touch $@
 
 $(TEST)/.installed: pyproject.toml constraints.txt | python
 	@test -x $(TEST)/bin/python || $(PYTHON) -m venv $(TEST)

@@ -95,6 +95,14 @@ COMMANDS = {
         extra="bench",
         epilog="cdm-bench tensorrt --bundle bundles/mine --capabilities 8.9,12.0 --cache-dir engines-cache",
     ),
+    "triton": Command(
+        "benchmarks.triton:TritonBenchSettings",
+        "benchmarks.triton:run",
+        "what a call costs through a Triton server, beside the same call in process",
+        extra="dev",
+        epilog="cdm-bench triton --bundle bundles/emoji",
+        user_errors=("benchmarks.server:ServerError",),
+    ),
     "coldstart": Command(
         "benchmarks.coldstart:ColdStartSettings",
         "benchmarks.coldstart:run",

@@ -39,6 +39,7 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
         "torch",
         "aotinductor",
         "triton",
+        "triton-cuda",
         "fake",
     ] = Field(
         "auto",
@@ -67,7 +68,7 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
     triton_url: str = Field(
         "",
         max_length=255,
-        description="with --engine triton: gRPC address (host:port) of the server that executes",
+        description="with --engine triton or triton-cuda: gRPC address (host:port) of the server that executes",
     )
     torch_compile: bool = Field(False, description="with --engine torch: compile the denoiser at the start")
     fused_kernels: bool | None = Field(

@@ -141,13 +141,14 @@ RUNTIMES: dict[str, str] = {
     "torch": "engines.torch_engine:TorchEngine",
     "aotinductor": "engines.aotinductor:AOTInductorEngine",
     "triton": "engines.triton:TritonEngine",
+    "triton-cuda": "engines.triton_cuda:TritonCudaEngine",
     "fake": "engines.fake:FakeEngine",
 }
 """Runtime name → `module:class`, imported only when asked for. A new runtime is one file and one line here."""
 
 ONLY_FOR = {
     "fake_costs": ("fake",),
-    "triton_url": ("triton",),
+    "triton_url": ("triton", "triton-cuda"),
     "torch_compile": ("torch",),
     "fused_kernels": ("torch", "aotinductor"),
 }
