@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class _ExactRotary(nn.Module):
     """Qwen's rotary embedding with float32 frequencies even in a model that was cast to bfloat16.
 
-    Frequencies rounded to bfloat16 are off by up to 0.4 %: at position 500 whole turns of a fast pair.
+    Frequencies rounded to bfloat16 put one pair of the 7 B model 0.66 rad off at position 575.
     """
 
     def __init__(self, rotary: nn.Module) -> None:
