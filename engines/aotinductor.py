@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,9 @@ class AOTInductorEngine(TorchRows):
         super().close()
 
 
+@cache
 def _code() -> str:
+    """Hash of `SOURCES` as this process has them."""
     root = Path(__file__).parent
     files = [
         path

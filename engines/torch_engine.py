@@ -55,13 +55,15 @@ class TorchEngine(TorchRows):
 
     def _compile(self, batch: int) -> None:
         """Compile the denoiser for `batch`, 2 standing for any larger one, or for exactly the invariant batch."""
-        inputs = example(self.manifest, "denoiser", batch, self._device)
-        for tensor, axes in zip(inputs, varying(self.manifest, "denoiser"), strict=True):
-            for axis in axes:
-                if axis > 0 or batch == 2 != self._group:
-                    torch._dynamo.mark_dynamic(tensor, axis)
         try:
-            with torch.inference_mode():
+            with (
+                torch.inference_mode()
+            ):  # where its inputs are made too: dynamo tells such tensors from others
+                inputs = example(self.manifest, "denoiser", batch, self._device)
+                for tensor, axes in zip(inputs, varying(self.manifest, "denoiser"), strict=True):
+                    for axis in axes:
+                        if axis > 0 or batch == 2 != self._group:
+                            torch._dynamo.mark_dynamic(tensor, axis)
                 self._compute("denoiser", inputs)
         except Exception as error:  # the compiler's own, the C++ compiler's, and plain ones
             raise RuntimeUnavailable(compile_failure(self.runtime, "denoiser", error)) from error

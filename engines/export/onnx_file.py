@@ -68,7 +68,7 @@ def to_onnx(module: GraphModule, example: dict[str, Tensor], opset: int) -> ir.M
             warnings.simplefilter("ignore")  # the exporter's own deprecations; parity is checked, not trusted
             program = torch.onnx.export(
                 module,
-                tuple(example[name] for name in module.inputs),
+                tuple(example[name].contiguous() for name in module.inputs),  # strides cannot be traced
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=_shapes(module, positional),
