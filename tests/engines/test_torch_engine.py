@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from numpy.typing import NDArray
 
 from engines import torch_device
@@ -202,6 +205,16 @@ def test_threads_are_those_asked_for_on_whichever_thread_calls(
         torch.set_num_threads(1)
 
 
+def test_close_frees_the_weights(bundle: Bundle) -> None:
+    engine: Any = load_engine(bundle, EngineOptions("torch", "f32", threads=1))
+    weights = [weakref.ref(next(call.parameters())) for call in engine._calls.values()]
+    assert draw(engine, JOBS[:1]).any()
+    engine.close()
+    engine.close()
+    gc.collect()
+    assert [reference() for reference in weights] == [None] * len(bundle.manifest.components)
+
+
 # refusals
 
 
@@ -325,20 +338,22 @@ def test_pictures_are_the_same_with_the_kernels(bundle: Bundle, tmp_path: Path) 
 def test_compiled_denoiser_is_the_same_and_compiled_once(
     bundle: Bundle, reference: list[NDArray[np.uint8]]
 ) -> None:
-    engine = load_engine(bundle, EngineOptions("torch", "f32", threads=1, torch_compile=True))
+    engine: Any = load_engine(bundle, EngineOptions("torch", "f32", threads=1, torch_compile=True))
     with torch._dynamo.config.patch(error_on_recompile=True):  # for no batch and no size
         together = draw(engine, JOBS)
         for row, job in enumerate((*JOBS, ODD)):
             mine = draw(engine, [job])[0]
             assert worst(mine, reference[row]) <= FROM_ONNXRUNTIME["f32"], job
             assert row == len(JOBS) or worst(mine, together[row]) <= ALONE_OR_BATCHED["f32"]
+    weights = weakref.ref(next(engine._calls["denoiser"].parameters()))
     engine.close()
+    gc.collect()
+    assert weights() is None
 
 
 @pytest.mark.slow
 def test_without_a_compiler_the_remedy_is_told(bundle: Bundle) -> None:
-    import torch._inductor.config
-
+    torch._dynamo.reset()  # what other tests have compiled
     options = EngineOptions("torch", "f32", threads=1, torch_compile=True)
     with (
         torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}),
