@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +61,22 @@ def convert(folder: Path, out: Path, steps: int) -> Path:
     _write(
         partial / "scheduler" / "scheduler_config.json", {**scheduler, "num_train_timesteps": training_steps}
     )
-    for suffix in ("", "_2"):
-        _tokenizer(folder, partial / f"tokenizer{suffix}")
-        _text_encoder(folder, partial / f"text_encoder{suffix}")
-    _transformer(folder, partial / "transformer", TIMESTEPS / training_steps)
-    _decoder(folder, partial / "vae_decoder")
+    # In a process of its own: OpenVINO's frontend leaves torch's functions patched (a softmax's gradient is then wrong).
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(_models, folder, partial, TIMESTEPS / training_steps).result()
     # GenAI knows but one class of autoencoder; of its configuration it reads scales and sizes.
     _write(partial / INDEX, {**index, "vae": ["diffusers", "AutoencoderKL"]})
     _write(partial / SOURCE, _source(folder, steps))
     replace_folder(partial, out)
     return out
+
+
+def _models(folder: Path, out: Path, scale: float) -> None:
+    for suffix in ("", "_2"):
+        _tokenizer(folder, out / f"tokenizer{suffix}")
+        _text_encoder(folder, out / f"text_encoder{suffix}")
+    _transformer(folder, out / "transformer", scale)
+    _decoder(folder, out / "vae_decoder")
 
 
 def is_conversion(folder: Path, out: Path, steps: int) -> bool:

@@ -137,12 +137,12 @@ def test_a_compiled_transformer_is_one_graph_compiled_once(
         return lambda *arguments: runs.append(examples) or graph.forward(*arguments)  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr("torch._dynamo.config.error_on_recompile", True)
     torch.compiler.reset()
-    peer = model.peer(WORKLOAD, compiled=True)
-    peer.step()
-    assert len(runs) == 1
-    picture = peer.picture()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        peer = model.peer(WORKLOAD, compiled=True)
+        peer.step()
+        assert len(runs) == 1
+        picture = peer.picture()
     assert len(runs) == 1 + WORKLOAD.steps
     assert peer.name == "torch.compile float32"
     eager = model.peer(WORKLOAD)
@@ -185,6 +185,15 @@ def test_genai_paints_the_same_picture(
     # Compiled for `batch`, it could not run the twice as many of guidance.
     assert len(peer.steps_ms()) == workload.steps
     assert all(milliseconds > 0 for milliseconds in peer.steps_ms())
+
+
+def test_a_conversion_leaves_torch_as_it_was(converted: Path) -> None:
+    """OpenVINO's frontend patches torch for good: a softmax's gradient would be float32 from then on."""
+    scores = torch.randn(1, 3, 3, dtype=torch.float64, requires_grad=True)
+    torch.softmax(scores.bmm(scores), -1).sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.dtype == torch.float64
+    assert torch.bmm(scores, scores).dtype == torch.float64
 
 
 def test_genai_has_the_pipelines_schedule(model: DiffusersModel, converted: Path) -> None:

@@ -17,7 +17,7 @@ def test_every_contender_is_timed_and_compared_in_one_json_line(
 ) -> None:
     settings = EngineBenchSettings(
         bundle=bundle.root, student=student, teacher=student, steps=[1, 4], rounds=3, teacher_rounds=1, threads=1,
-        precision="f32",
+        precision="f32", engine="openvino",
     )  # fmt: skip
     assert run(settings) == 0
     *table, line = capsys.readouterr().out.splitlines()
