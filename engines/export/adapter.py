@@ -74,7 +74,7 @@ def read_adapter(path: Path) -> Adapter:
     Raises:
         ExportError: nothing there, a pickle, no LoRA, one of another kind, or a value that is no number.
     """
-    file = _find(path)
+    file = find_adapter(path)
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
@@ -98,7 +98,12 @@ def read_adapter(path: Path) -> Adapter:
     return _split(file, tensors, metadata)
 
 
-def _find(path: Path) -> Path:
+def find_adapter(path: Path) -> Path:
+    """The safetensors file that `path` is, or that the folder `path` has.
+
+    Raises:
+        ExportError: there is none, or several, or a pickle.
+    """
     if path.is_dir():
         known = (path / LORA_WEIGHT_NAME_SAFE, path / SAFETENSORS_WEIGHTS_NAME)
         found = [file for file in known if file.is_file()] or sorted(path.glob("*.safetensors"))

@@ -38,16 +38,16 @@ from engines.bundle import (
     write_manifest,
 )
 from engines.errors import ExportError
+from engines.export.adapter import find_adapter
 from engines.export.parity import BATCHES
 from engines.export.plan import make_plan
+from engines.export.source import Source, find_student
 from engines.export.stages import run_stage
+from engines.export.student import MODEL_FILES, components, prepare_student
 from engines.export.tolerance import Tolerance
 from engines.export.verify import verify
 from engines.families.base import INDEX, Family, FamilyError, load_family
-from engines.files import replace_folder
-
-MODEL_FILES = (".json", ".safetensors", ".txt", ".model")
-"""What a diffusers folder is loaded from: configurations, weights, vocabularies."""
+from engines.files import replace_folder, sha256_file
 
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -56,12 +56,14 @@ TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntim
 class ExportOptions:
     """`sizes` in pixels, empty for the model's own; the first is the default. `name` empty: the student folder's.
 
+    `lora`: an adapter (a safetensors file, or its folder) that is merged into the student before anything else.
     `skip`: names of the family's rewrites (`Family.rewrites`) to leave out. `runtimes`: those that must prove
     themselves on the bundle, in every precision that they have here; empty: those that are installed. `batches`: the
     batch sizes compared.
     """
 
     name: str = ""
+    lora: Path | None = None
     default_steps: int = 4
     max_steps: int = 8
     sizes: tuple[Size, ...] = ()
@@ -84,9 +86,12 @@ class ExportReport:
 
 
 def export_bundle(
-    student: Path, out: Path, options: ExportOptions, progress: Callable[[str], None] = lambda _: None
+    student: str | Path,
+    out: Path,
+    options: ExportOptions,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> ExportReport:
-    """Export `student` (a diffusers folder) to `out`, replacing a bundle that is already there.
+    """Export `student` (a diffusers folder, or a hub id) to `out`, replacing a bundle that is already there.
 
     Raises:
         ExportError: the student cannot be loaded or exported, is not the same model in ONNX, or `out` is something
@@ -98,25 +103,34 @@ def export_bundle(
         )
     if out.exists() and not (out / MANIFEST).is_file():
         raise ExportError(f"{out} exists and is not a bundle; give another --out, or remove it first")
-    family = _load(student, ())
+    source = find_student(student, progress)
+    family = _load(source.folder, ())
     if unknown := [name for name in options.skip if name not in family.rewrites]:
         known = ", ".join(family.rewrites) or "none"
         raise ExportError(f"{family.name} has no rewrite {unknown[0]!r} to skip; there are: {known}")
+    provenance = describe(source, options.lora)
+    work: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise ExportError(f"{out} cannot be written: {error.strerror or error}") from error
-    try:
-        staging.chmod(0o755)  # mkdtemp's 0700 would hide the bundle from a server run by another user
-        manifest = _write_bundle(family, student, staging, options, progress)
+        # Beside `out`: a merged student is as large as a bundle, which is what there is room for there.
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        if options.lora is not None:
+            progress(f"merging {options.lora}")
+        folder = prepare_student(source.folder, options.lora, work / "student")
+        staging = work / "bundle"
+        staging.mkdir()
+        staging.chmod(0o755)  # whatever the umask: a server may be run by another user
+        manifest = _write_bundle(
+            family, folder, staging, options, options.name or source.name, provenance, progress
+        )
         load_bundle(staging)
         size = sum(path.stat().st_size for path in staging.rglob("*"))
         replace_folder(staging, out)
     except OSError as error:
         raise ExportError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
     return ExportReport(manifest=manifest, bytes=size)
 
 
@@ -124,11 +138,17 @@ def _load(student: Path, only: tuple[str, ...]) -> Family:
     try:
         return load_family(student, torch.float32, only)
     except FamilyError as error:
-        raise ExportError(str(error)) from error
+        raise ExportError(" ".join(str(error).split())) from error
 
 
 def _write_bundle(
-    family: Family, student: Path, root: Path, options: ExportOptions, progress: Callable[[str], None]
+    family: Family,
+    student: Path,
+    root: Path,
+    options: ExportOptions,
+    name: str,
+    provenance: Provenance,
+    progress: Callable[[str], None],
 ) -> Manifest:
     height, width = (side * family.downscale for side in family.latent_size)
     sizes = options.sizes or (Size(width=width, height=height),)
@@ -141,7 +161,7 @@ def _write_bundle(
         )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        name=options.name or student.resolve().name,
+        name=name,
         family=family.name,
         components=components,
         tokenizers=write_tokenizers(family, root),
@@ -157,7 +177,7 @@ def _write_bundle(
         schedules={steps: family.sigmas(steps) for steps in range(1, options.max_steps + 1)},
         default_steps=options.default_steps,
         model=copy_model(student, root) if options.weights else (),
-        provenance=read_provenance(student),
+        provenance=provenance,
     )
     write_manifest(root, manifest)
     manifest = verify(load_bundle(root), plan, options.runtimes, options.tolerance, progress)
@@ -167,9 +187,8 @@ def _write_bundle(
 
 def copy_model(student: Path, root: Path) -> tuple[FileRef, ...]:
     """Copy what the student's `model_index.json` names, and no pickle, into the bundle at `root`."""
-    index = json.loads((student / INDEX).read_text(encoding="utf-8"))
-    folders = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
-    files = [student / INDEX, *(path for name in folders for path in sorted((student / name).rglob("*")))]
+    folders = [student / name for name in components(student)]
+    files = [student / INDEX, *(path for folder in folders for path in sorted(folder.rglob("*")))]
     refs = []
     for path in files:
         if path.is_file() and path.suffix in MODEL_FILES:
@@ -191,6 +210,24 @@ def write_tokenizers(family: Family, root: Path) -> tuple[Tokenizer, ...]:
         fields = {key: value for key, value in spec.items() if key != "json"}
         tokenizers.append(Tokenizer(file=file_ref(root, path), **fields))
     return tuple(tokenizers)
+
+
+def describe(source: Source, lora: Path | None) -> Provenance:
+    """Where the exported weights are from: the student's own provenance, the hub's commit, the adapter by its hash.
+
+    With an adapter it is another model: metrics of the base are none of its.
+
+    Raises:
+        ExportError: the student's `provenance.json` is not what it should be, or there is no adapter.
+    """
+    found = read_provenance(source.folder)
+    if source.origin and found.teacher == found.recipe == "unknown":
+        found = found.model_copy(update={"recipe": source.origin})
+    if lora is None:
+        return found
+    file = find_adapter(lora)
+    recipe = f"{found.recipe} + LoRA {file.name} (sha256 {sha256_file(file)})"
+    return found.model_copy(update={"recipe": recipe, "metrics": {}})
 
 
 def read_provenance(student: Path) -> Provenance:

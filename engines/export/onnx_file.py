@@ -15,6 +15,8 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from onnxscript import optimizer
 from torch import Tensor, nn
 
 from engines.bundle import DType, Graph, Precision, TensorSpec, file_ref
@@ -76,20 +78,70 @@ def to_onnx(module: GraphModule, example: dict[str, Tensor], opset: int) -> ir.M
                 output_names=list(module.outputs),
                 external_data=False,
                 verbose=False,
+                optimize=False,  # it would copy every weight that a product takes transposed
             )
+            assert program is not None
+            model = program.model
+            assert isinstance(model, ir.Model)
+            optimizer.optimize_ir(model, should_fold=_fold_small)
     except Exception as error:  # the exporter raises its own, torch.export's and plain ones
         raise ExportError(f"{type(module).__name__} cannot be exported: {_reason(error)}") from error
     finally:
         logger.setLevel(level)
-    assert program is not None
-    model = program.model
-    assert isinstance(model, ir.Model)
+    _fold_transposes(model)
     _anonymise(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         for index, name in module.axes.get(value.name or "", {}).items():
             assert value.shape is not None
             value.shape[index] = name
     return model
+
+
+def _fold_small(node: ir.Node) -> bool | None:
+    """Leave transposed weights to `_fold_transposes`; None: the optimizer's own rules."""
+    return False if _transposed_weight(node) else None
+
+
+def _transposed_weight(node: ir.Node) -> bool:
+    value = node.inputs[0] if node.op_type == "Transpose" and node.domain == "" else None
+    return value is not None and value.is_initializer() and value.const_value is not None
+
+
+def _fold_transposes(model: ir.Model) -> None:
+    """Make every transposed weight a weight of its own, whose values are copied when they are written, not now."""
+    graph = model.graph
+    for node in list(graph):
+        if not _transposed_weight(node):
+            continue
+        source, result = node.inputs[0], node.outputs[0]
+        assert source is not None
+        assert source.name is not None
+        tensor = source.const_value
+        assert tensor is not None
+        order = node.attributes.get_ints("perm", tuple(reversed(range(len(tensor.shape)))))
+        name = f"{source.name}.transposed_{'_'.join(map(str, order))}"
+        if name not in graph.initializers:
+            folded = _permuted(tensor, tuple(order), name)
+            graph.register_initializer(
+                ir.Value(
+                    name=name,
+                    shape=ir.Shape(folded.shape.numpy()),
+                    type=ir.TensorType(folded.dtype),
+                    const_value=folded,
+                )
+            )
+        result.replace_all_uses_with(graph.initializers[name])
+        graph.remove(node, safe=True)
+        if not source.uses():
+            del graph.initializers[source.name]
+
+
+def _permuted(tensor: ir.TensorProtocol, order: tuple[int, ...], name: str) -> ir.TensorProtocol:
+    """A view, whose values are put in order when they are written."""
+    raw = getattr(tensor, "raw", None)
+    if isinstance(raw, Tensor):
+        return TorchTensor(raw.detach().permute(order), name=name)
+    return ir.Tensor(tensor.numpy().transpose(order), name=name)
 
 
 def _reason(error: BaseException) -> str:

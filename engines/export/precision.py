@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engines.export.memory import free
+
 LOW = torch.bfloat16
 
 
@@ -58,5 +60,12 @@ def lower_(module: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def raise_(module: nn.Module) -> None:
-    """Compute in float32 again, with the weights as lowering has rounded them: what a graph's arithmetic is held to."""
-    module.to(torch.float32)
+    """Compute in float32 again, with the weights as lowering has rounded them: what a graph's arithmetic is held to.
+
+    The bfloat16 weights are emptied: a graph made of them must have been written.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dtype == LOW:
+            low = tensor.data
+            tensor.data = low.to(torch.float32)
+            free([low])

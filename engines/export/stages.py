@@ -6,7 +6,6 @@ A stage is all that memory ever holds of the model, so that the largest componen
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from engines.bundle import Component, Graph, Parity, Precision, TensorSpec
 from engines.errors import ExportError
 from engines.export.graphs import exportable
+from engines.export.memory import free, trim
 from engines.export.onnx_file import (
     OPSET,
     GraphModule,
@@ -74,6 +74,7 @@ def run_stage(
     stage.meanwhile(family)
     _release(module)
     del family, module
+    trim()
     exports = {"float32": _float32, "bfloat16": _bfloat16}
     written = [exports[precision](stage, load, root, tolerance) for precision in precisions]
     specs = [(inputs, outputs) for _, inputs, outputs, _ in written]
@@ -102,7 +103,7 @@ def _float32(stage: Stage, load: Loader, root: Path, tolerance: Tolerance) -> Wr
     written = _save(stage, model, root, "float32")
     _release(module)
     del family, module, model
-    gc.collect()
+    trim()
     session = open_session(root / written[0].file.file, data_bytes=sum(ref.bytes for ref in written[0].data))
     for probe in stage.probes:
         actual = run_onnx(session, probe.inputs)
@@ -132,7 +133,7 @@ def _bfloat16(stage: Stage, load: Loader, root: Path, tolerance: Tolerance) -> W
         answer(stage.name, module, probe, "stored")
     _release(module)
     del family, module
-    gc.collect()
+    trim()
     session = raised_session(root / written[0].file.file, sum(ref.bytes for ref in written[0].data))
     for probe in stage.probes:
         actual = run_onnx(session, probe.inputs)
@@ -157,11 +158,7 @@ def _save(stage: Stage, model: ir.Model, root: Path, precision: Precision) -> Wr
 
 
 def _release(module: GraphModule) -> None:
-    """Give the weights' memory back now: pipelines refer to themselves, and torch's exporter keeps what it traced."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        storage = tensor.untyped_storage()
-        if storage.resizable():
-            storage.resize_(0)
+    free((*module.parameters(), *module.buffers()))
 
 
 def check_finite(part: str, module: GraphModule) -> None:

@@ -1,7 +1,6 @@
 """A student as people have it → a diffusers folder that can be exported: an adapter merged, every dtype known.
 
     folder = prepare_student(Path("runs/base"), Path("runs/adapter"), into)     # base + LoRA → `into`
-    check_dtypes(folder)
 
 Merging holds one component in memory at a time, in float32; what no adapter changes is hard-linked.
 """
@@ -17,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from engines.bundle import PROVENANCE, TEXT_ENCODERS
 from engines.errors import ExportError
 from engines.export.adapter import Adapter, merge_, read_adapter
-from engines.families.base import HUB_ID, INDEX
+from engines.families.base import INDEX
 from engines.families.loading import quiet
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -52,28 +50,26 @@ LIBRARIES = ("diffusers", "transformers")
 def prepare_student(student: Path, lora: Path | None, into: Path) -> Path:
     """The folder to export: `student` itself, or, with an adapter, `into`, which must not be there yet.
 
-    `student` is a local diffusers folder or a hub id; with an adapter a hub id's weights are downloaded.
+    `student` is a diffusers folder. All that can be told without reading weights is told first.
 
     Raises:
-        ExportError: no such base or adapter, one that does not fit the other, or a full disk. `into` is then not there.
+        ExportError: no such base or adapter, one that does not fit the other, or weights that are not floating-point.
+            `into` is then not there.
+        OSError: `into` cannot be written, and is not there.
     """
+    check_dtypes(student)
     if lora is None:
         return student
     adapter = read_adapter(lora)
-    base = _local(student)
-    index = _components(base)
+    index = components(student)
     if missing := [name for name in adapter.components() if name not in index]:
         raise ExportError(f"{lora} is an adapter for {missing[0]}, which {student} does not have")
-    check_dtypes(base)
+    into.mkdir(parents=True)
     try:
-        into.mkdir(parents=True)
-        try:
-            _write(base, index, adapter, into)
-        except BaseException:
-            shutil.rmtree(into, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise ExportError(f"{into} cannot be written: {error.strerror or error}") from error
+        _write(student, index, adapter, into)
+    except BaseException:
+        shutil.rmtree(into, ignore_errors=True)
+        raise
     return into
 
 
@@ -103,8 +99,11 @@ def _write_merged(base: Path, name: str, library: str, kind: str, adapter: Adapt
     except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise ExportError(f"{base / name} cannot be loaded as {kind}: {error}") from error
     module = merge_(adapter, name, module.eval().requires_grad_(False))
-    with quiet():
-        module.save_pretrained(str(into / name), safe_serialization=True)
+    try:
+        with quiet():
+            module.save_pretrained(str(into / name), safe_serialization=True)
+    except SafetensorError as error:  # which is no OSError, whatever the disk said
+        raise OSError(f"{name}: {error}") from error
     # The model is what it was, and what is written into a configuration tells of this machine.
     (into / name / CONFIG).unlink()
     _link(base / name / CONFIG, into / name / CONFIG)
@@ -121,50 +120,38 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _local(student: Path) -> Path:
-    """The folder of a hub id: diffusers downloads what the pipeline needs, in safetensors, or finds it in its cache."""
-    hub_id = student.as_posix()
-    if student.exists() or not HUB_ID.fullmatch(hub_id):
-        return student
-    try:
-        with quiet():
-            return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
-    except Exception as error:  # the hub's, its HTTP client's and the cache's errors share no base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ExportError(
-            f"there is no folder {hub_id}, and the hub's model {hub_id!r} cannot be had ({reason}); name a local "
-            "diffusers folder, or download the model once with a connection"
-        ) from error
+def components(folder: Path) -> dict[str, tuple[str, str]]:
+    """Library and class of every component that the folder's index names.
 
-
-def _components(folder: Path) -> dict[str, tuple[str, str]]:
-    """Library and class of every component that the folder's index names and that is there."""
+    Raises:
+        ExportError: there is no index, or not a diffusers pipeline's.
+    """
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         named = {
-            name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None
+            name: (str(entry[0]), str(entry[1]))
+            for name, entry in index.items()
+            if isinstance(entry, list) and entry[0] is not None
         }
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, IndexError) as error:
         raise ExportError(f"{folder} is not a diffusers folder: {INDEX} is missing or unreadable") from error
-    if missing := [name for name in named if not (folder / name).is_dir()]:
-        raise ExportError(f"{folder} lacks {', '.join(missing)}, which its {INDEX} names")
-    return {name: (str(entry[0]), str(entry[1])) for name, entry in named.items()}
+    if wrong := [name for name in named if not name.isidentifier()]:
+        raise ExportError(f"{folder / INDEX} names a component {wrong[0]!r}, which is no folder's name")
+    return named
 
 
 def check_dtypes(student: Path) -> None:
     """Refuse weights that are incomplete or not floating-point before hours are spent on them; only headers are read.
 
-    A hub id is let pass: its files are not here yet.
-
     Raises:
         ExportError: naming the file and, if it is about one, the tensor.
     """
-    if not student.is_dir():
-        return
-    for name in _components(student):
-        if name in WEIGHTED:
-            for file in _weight_files(student / name):
-                _check_header(file)
+    weighted = [name for name in components(student) if name in WEIGHTED]
+    if missing := [name for name in weighted if not (student / name).is_dir()]:
+        raise ExportError(f"{student} lacks {', '.join(missing)}, which its {INDEX} names")
+    for name in weighted:
+        for file in _weight_files(student / name):
+            _check_header(file)
 
 
 def _weight_files(folder: Path) -> list[Path]:

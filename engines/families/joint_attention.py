@@ -95,7 +95,10 @@ def use_joint_attention(transformer: Module) -> Module:
 
 @torch.no_grad()
 def fuse_projections(transformer: nn.Module) -> None:
-    """One matrix product for q, k and v instead of three, the same sums: for graphs, not for training."""
+    """One matrix product for q, k and v instead of three, the same sums; the three are given up one by one."""
     for module in transformer.modules():
         if isinstance(module, Attention):
             module.fuse_projections()
+            for name in (*IMAGE[1], *TEXT[1]):
+                if hasattr(module, name):
+                    delattr(module, name)

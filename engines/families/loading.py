@@ -16,6 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from engines.bundle import TEXT_ENCODERS
 from engines.families.base import FamilyError
 
 
@@ -42,12 +43,14 @@ def load_pipeline(
     dtype: torch.dtype,
     only: Collection[str] | None,
     classes: Mapping[str, tuple[str, ...]],
+    optional: Collection[str] = (),
 ) -> Any:
     """Load a local diffusers folder, or a hub id that diffusers resolves; safetensors only, nothing pickled.
 
-    `classes`: every module of the family, and the classes that it may be of. Components that the folder's index leaves
-    out are None. Modules left out by `only` are None if they are text encoders, else of their configuration without
-    weights (on the meta device). All others are in `dtype`, in evaluation mode, and want no gradient.
+    `classes`: every module of the family, and the classes that it may be of. Those in `optional` may be left out by
+    the folder's index, and are then None. Modules left out by `only` are None if they are text encoders, else of their
+    configuration without weights (on the meta device). All others are in `dtype`, in evaluation mode, and want no
+    gradient.
 
     Raises:
         FamilyError: a component is missing, unreadable, or of another class.
@@ -58,6 +61,12 @@ def load_pipeline(
         present = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
         if missing := [name for name in present if local and not (folder / name).is_dir()]:
             raise FamilyError(f"{folder} lacks {', '.join(missing)}, which its model_index.json names")
+        needed = {"scheduler", *(name for name in classes if name not in optional or name in present)}
+        needed |= {name.replace("text_encoder", "tokenizer") for name in needed if name in TEXT_ENCODERS}
+        if absent := sorted(needed.difference(present)):
+            raise FamilyError(
+                f"{folder} names no {', '.join(absent)} in its model_index.json; the model needs it"
+            )
         for name in present:
             if index[name][1] not in classes.get(name, (index[name][1],)):
                 raise FamilyError(

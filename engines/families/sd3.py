@@ -101,7 +101,8 @@ class SD3Family(Family):
         cls, folder: Path, dtype: torch.dtype = torch.float32, only: Collection[str] | None = None
     ) -> SD3Family:
         """See `load_pipeline`. A folder whose index has no third text encoder is loaded without one."""
-        return cls(load_pipeline(StableDiffusion3Pipeline, folder, dtype, only, CLASSES), folder)
+        optional = ("text_encoder_3",)
+        return cls(load_pipeline(StableDiffusion3Pipeline, folder, dtype, only, CLASSES, optional), folder)
 
     # text
 

@@ -19,6 +19,7 @@ from engines import triton_memory
 from engines.base import Engine, EngineOptions, GraphEngine, load_engine
 from engines.bundle import Bundle
 from engines.errors import ExecutionError, RuntimeUnavailable
+from engines.export.main import main as cdm_export
 from engines.triton import TritonEngine
 from engines.triton_memory import plain_input
 from engines.triton_repository.repository import write_repository
@@ -38,12 +39,13 @@ def reference(bundle: Bundle) -> Engine:
 
 @pytest.fixture(scope="module")
 def server(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """Batches of up to 4, each run as it was sent."""
+    """Batches of up to 4, each run as it was sent; the repository is what the command line writes."""
     out = tmp_path_factory.mktemp("triton") / "repository"
-    settings = RepositorySettings(
-        backend="python", threads=1, max_batch=4, dynamic_batching=False, warm_up=(1, 4)
+    flags = (
+        "--triton-backend python --triton-threads 1 --triton-max-batch 4 --no-triton-dynamic-batching "
+        "--triton-warm-up 1,4"
     )
-    write_repository(bundle, out, settings)
+    assert cdm_export([str(bundle.root), "--to", "triton", "--out", str(out), *flags.split()]) == 0
     with TritonServer(out) as started:
         yield started
 
