@@ -19,7 +19,7 @@ endif
 PIP = -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test triton kernels check readme model figures load fuzz clean lock python
+.PHONY: help serve test triton kernels gpu-acceptance check readme model figures load fuzz clean lock python
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -34,6 +34,9 @@ triton: $(TRITON)/.installed ## install Triton Inference Server's wheel, for its
 
 kernels: $(TEST)/.installed ## compile the GPU kernels for every GPU generation; needs no GPU
 	$(BIN)/python -m engines.kernels.compile
+
+gpu-acceptance: $(TEST)/.installed ## on a machine with a GPU: build, check and time everything, write a report (docs/gpu.md); ARGS='--size medium'
+	$(BIN)/cdm-bench gpu-acceptance --out $(RUNS)/gpu-acceptance $(ARGS)
 
 check: $(TEST)/.installed ## ruff, mypy --strict, layout rules, hadolint, shellcheck
 	PATH="$(CURDIR)/$(TEST)/bin:$$PATH" scripts/check

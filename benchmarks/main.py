@@ -95,6 +95,15 @@ COMMANDS = {
         extra="bench",
         epilog="cdm-bench tensorrt --bundle bundles/mine --capabilities 8.9,12.0 --cache-dir engines-cache",
     ),
+    "gpu-acceptance": Command(
+        "benchmarks.gpu_acceptance:GpuAcceptanceSettings",
+        "benchmarks.gpu_acceptance:run",
+        "on a GPU: build, parity, kernels, what only a GPU proves, all runtimes timed; one report",
+        extra="bench",
+        epilog="cdm-bench gpu-acceptance --out runs/gpu-acceptance\n"
+        "cdm-bench gpu-acceptance --only kernels,torch,torch+kernels,torch-compile --precisions bf16\n"
+        "cdm-bench gpu-acceptance --device cpu --size tiny",
+    ),
     "triton": Command(
         "benchmarks.triton:TritonBenchSettings",
         "benchmarks.triton:run",

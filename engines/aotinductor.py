@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from engines import processor
 from engines.base import EngineOptions
 from engines.bundle import Bundle
-from engines.cache import CompiledCache
+from engines.cache import CompiledCache, shapes_of
 from engines.errors import RuntimeUnavailable
 from engines.files import sha256_files
 from engines.torch_rows import TorchRows
@@ -58,7 +58,7 @@ class AOTInductorEngine(TorchRows):
             options.cache_dir,
             self.runtime,
             model=[ref.sha256 for ref in self.manifest.model],
-            sizes=[f"{size.width}x{size.height}" for size in self.manifest.sizes],
+            shapes=shapes_of(self.manifest),
             code=_code(),
             version=f"{torch.__version__} CUDA {torch.version.cuda}",
             device=self.info.device,
@@ -71,13 +71,9 @@ class AOTInductorEngine(TorchRows):
         self.cache_folder = self._cache.folder
 
     def _load(self, component: str) -> Any:
-        if (package := self._cache.load(component)) is not None:
-            try:
-                return self._open(package)
-            except (
-                Exception
-            ) as error:  # whole, but not to this machine's liking; torch's errors share no base
-                log.warning("the stored %s cannot be used, it is compiled anew: %s", component, error)
+        return self._cache.obtain(component, self._open, partial(self._build, component))
+
+    def _build(self, component: str) -> tuple[Any, bytes]:
         try:
             from engines.aotinductor_build import build
         except ImportError as error:
@@ -87,8 +83,7 @@ class AOTInductorEngine(TorchRows):
             ) from error
         log.info("compiling the %s, which takes minutes", component)
         package = build(self._bundle, component, self.info.precision, self._device, self._fused)
-        self._cache.store(component, package)
-        return self._open(package)
+        return self._open(package), package
 
     def _open(self, package: bytes) -> Any:
         # Without a C++ compiler torch cannot name the processor's features, and calls every package outdated.

@@ -187,10 +187,13 @@ class Cuda:
         # Only this thread's calls may spoil it: the runtime compiles kernels on threads of its own.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("begin a capture", self._cuda.cudaStreamBeginCapture, self._stream, mode)
+        enqueued = False
         try:
             enqueued = enqueue()
         finally:  # an open capture would swallow every later call
             status, graph = self._cuda.cudaStreamEndCapture(self._stream)
+            if not enqueued and not int(status):
+                self._call("forget a capture", self._cuda.cudaGraphDestroy, graph)
         if not enqueued:
             raise ExecutionError("the work cannot be captured")
         self._call("end a capture", lambda: (status, graph))
@@ -227,6 +230,7 @@ class Cuda:
         """The function's one value, its values as a tuple, or None; its status is checked."""
         status, *values = function(*arguments)
         if int(status):
+            self._cuda.cudaGetLastError()  # else the next launch of another library here would report it as its own
             name = self._cuda.cudaGetErrorName(status)[1].decode()
             meaning = self._cuda.cudaGetErrorString(status)[1].decode()
             raise ExecutionError(f"CUDA could not {what}: {name} ({meaning})")

@@ -6,18 +6,23 @@ path has never run where this project is developed: there is no GPU.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import onnxruntime as ort
 
 from engines.base import EngineInfo, EngineOptions
 from engines.bundle import Bundle
-from engines.cache import CompiledCache, graph_hashes
+from engines.cache import CompiledCache, code_hash, graph_hashes
 from engines.errors import RuntimeUnavailable
 from engines.rows import Array, HostEngine
 
+log = logging.getLogger("engines.onnxruntime")
+
 CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
 PRECISIONS = ("auto", "f32", "int8")
 
 
@@ -53,13 +58,22 @@ class OnnxRuntimeEngine(HostEngine):
         settings.intra_op_num_threads = options.threads
         settings.inter_op_num_threads = 1
         settings.log_severity_level = 3
-        providers = [CUDA, "CPUExecutionProvider"] if self._cuda else ["CPUExecutionProvider"]
+        # By default the CUDA provider rounds the factors of float32 products to TF32's 10 bits.
+        providers = [(CUDA, {"use_tf32": "0"}), CPU] if self._cuda else [CPU]
         self._sessions = {
             name: ort.InferenceSession(
                 graph if isinstance(graph, bytes) else str(graph), settings, providers=providers
             )
             for name, graph in graphs.items()
         }
+        if self._cuda and not all(CUDA in session.get_providers() for session in self._sessions.values()):
+            self._cuda = (
+                False  # a build with CUDA takes the CPU without a word where CUDA's libraries are missing
+            )
+            log.warning(
+                "onnxruntime has CUDA and could not load it, so it runs on the CPU: install the GPU's driver, and the "
+                "CUDA and cuDNN that this build of onnxruntime is for"
+            )
         self.info = EngineInfo(
             runtime="onnxruntime",
             version=ort.__version__,
@@ -100,19 +114,25 @@ def _quantized(bundle: Bundle, options: EngineOptions) -> dict[str, bytes]:
         "onnxruntime",
         model=graph_hashes(bundle.manifest, "float32"),
         version=ort.__version__,
+        code=code_hash(str(Path(__file__).with_name("quantize.py"))),
         precision="int8",
+        # It is a graph, compiled at every start: for any machine, of any shape, with any number of threads.
+        **dict.fromkeys(("shapes", "device", "capability", "threads"), "any"),
     )
-    graphs = {}
-    for name in (*bundle.manifest.text_encoders, "denoiser"):
-        graph = cache.load(name)
-        if graph is None:
-            try:
-                from engines.quantize import quantize
-            except ImportError as error:
-                raise RuntimeUnavailable(
-                    f"precision='int8' needs the package {error.name!r} once, to quantize; install the extra 'train'"
-                ) from error
-            graph = quantize(bundle.path(name))
-            cache.store(name, graph)
-        graphs[name] = graph
-    return graphs
+    names = (*bundle.manifest.text_encoders, "denoiser")
+    return {name: cache.obtain(name, _whole, partial(_quantize, bundle.path(name))) for name in names}
+
+
+def _whole(graph: bytes) -> bytes:
+    return graph
+
+
+def _quantize(path: Path) -> tuple[bytes, bytes]:
+    try:
+        from engines.quantize import quantize
+    except ImportError as error:
+        raise RuntimeUnavailable(
+            f"precision='int8' needs the package {error.name!r} once, to quantize; install the extra 'train'"
+        ) from error
+    graph = quantize(path)
+    return graph, graph

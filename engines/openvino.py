@@ -11,7 +11,6 @@ model of their own (`cut_time`).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -20,14 +19,13 @@ from typing import Any
 import openvino as ov
 import openvino.opset15 as ops
 
+from engines import processor
 from engines.base import EngineInfo, EngineOptions
 from engines.bundle import Bundle
-from engines.cache import CompiledCache, graph_hashes
+from engines.cache import CompiledCache, code_hash, graph_hashes, shapes_of
 from engines.errors import RuntimeUnavailable
 from engines.openvino_report import FusionReport, fusion_report
 from engines.rows import Array, HostEngine
-
-log = logging.getLogger("engines.openvino")
 
 PRECISIONS = ("auto", "f32", "bf16")
 NATIVE_BF16 = {"amx_bf16", "avx512_bf16"}
@@ -53,9 +51,11 @@ class OpenVINOEngine(HostEngine):
             options.cache_dir,
             "openvino",
             model=graph_hashes(self.manifest, "float32"),
-            sizes=[f"{size.width}x{size.height}" for size in self.manifest.sizes],
+            shapes=shapes_of(self.manifest),
+            code=code_hash(__file__),
             version=ov.get_version(),
             device=device,
+            capability=sorted(processor.flags()),
             precision=self._precision,
             threads=options.threads,
         )
@@ -95,7 +95,9 @@ class OpenVINOEngine(HostEngine):
             inputs = self.with_time(inputs)
             if inputs["x"].shape == self._single:
                 request = self._single_request
-        return {port.get_any_name(): array for port, array in request.infer(inputs).items()}
+        results = request.infer(inputs)
+        # Not by `get_any_name`: of a tensor with several names, as T5's last product has, it may be another.
+        return {name: results[name] for name in self.manifest.components[component].outputs}
 
     def with_time(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """The denoiser's inputs as its compiled graph takes them: where σ's waves were cut out, with those."""
@@ -106,17 +108,17 @@ class OpenVINOEngine(HostEngine):
 
     def _load(self, name: str, shape: Shape | None = None) -> ov.InferRequest:
         """Component `name` (or `TIME`, the denoiser's float32 part), for any batch or for x of exactly `shape`."""
-        precision = "f32" if name == TIME else self._precision
-        config = self._config(precision)
-        key = f"{name}-{'x'.join(map(str, shape))}" if shape else name
-        if (blob := self._cache.load(key)) is not None:
-            try:
-                return self._core.import_model(blob, "CPU", config).create_infer_request()
-            except RuntimeError as error:  # whole, but compiled for another processor
-                log.warning("the stored %s cannot be used, it is compiled anew: %s", key, error)
-        compiled = self._core.compile_model(self._model(name, shape), "CPU", config)
-        if self._cache.folder is not None:
-            self._cache.store(key, compiled.export_model().getvalue())
+        config = self._config("f32" if name == TIME else self._precision)
+
+        def build() -> tuple[ov.CompiledModel, bytes]:
+            compiled = self._core.compile_model(self._model(name, shape), "CPU", config)
+            return compiled, compiled.export_model().getvalue() if self._cache.folder is not None else b""
+
+        compiled = self._cache.obtain(
+            f"{name}-{'x'.join(map(str, shape))}" if shape else name,
+            lambda blob: self._core.import_model(blob, "CPU", config),
+            build,
+        )
         return compiled.create_infer_request()
 
     def _config(self, precision: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ engines themselves are built for real, without a GPU (`engines/tensorrt_build.py
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,14 +25,12 @@ from engines.bundle import Bundle
 from engines.cache import CompiledCache
 from engines.cuda import Cuda, Row, Shape
 from engines.errors import ExecutionError, ExportError, RuntimeUnavailable
-from engines.tensorrt_build import Order, build, cached, choose_precision, usable_precisions
+from engines.tensorrt_build import Order, cached, choose_precision, usable_precisions
 from engines.tensorrt_contexts import Contexts
 from engines.tensorrt_library import RTX, open_library
 from engines.tensorrt_program import Program
 from engines.tensorrt_report import Report
 from engines.text import BundleTokenizers
-
-log = logging.getLogger("engines.tensorrt")
 
 Collected = TypeVar("Collected")
 Column = Sequence[Row] | NDArray[Any]
@@ -113,18 +110,17 @@ class TensorRTEngine(GraphEngine):
 
     def _engine(self, order: Order, store: CompiledCache, component: str) -> Any:
         """A deserialized engine; a stored one that this device does not take is built anew."""
-        logger = self._library.logger
-        serialized, self._reports[component] = cached(order, store, component)
-        engine = self._deserializer.deserialize_cuda_engine(serialized)
-        if engine is None:
-            log.warning("the stored %s cannot be used, it is built anew: %s", component, logger.why())
-            serialized, self._reports[component] = build(order, component)
-            store.store(component, serialized)
+
+        def read(serialized: bytes) -> Any:
             engine = self._deserializer.deserialize_cuda_engine(serialized)
-        if engine is None:
-            raise ExecutionError(
-                f"{self._library.title} does not take the {component} that it has built: {logger.why()}"
-            )
+            if engine is None:
+                raise ExecutionError(
+                    f"{self._library.title} does not take the {component} that it has built: "
+                    f"{self._library.logger.why()}"
+                )
+            return engine
+
+        engine, self._reports[component] = cached(order, store, component, read)
         return engine
 
     @classmethod

@@ -13,9 +13,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engines.bundle import Bundle, Manifest, Precision
 from engines.cache import CompiledCache, graph_hashes
@@ -39,6 +40,8 @@ memory, and a large picture keeps a GPU busy by itself."""
 Shape = tuple[int, ...]
 Shapes = dict[str, tuple[Shape, Shape, Shape]]
 """Input → its smallest, usual and largest shape."""
+
+Engine = TypeVar("Engine")
 
 _building = threading.Lock()
 
@@ -216,17 +219,24 @@ def _attentions(trt: Any, network: Any, shapes: Shapes) -> list[Attention]:
     return found
 
 
-def cached(order: Order, store: CompiledCache, component: str) -> tuple[bytes, Report]:
-    """`build`, unless `store` has the engine and its report."""
-    engine, written = store.load(component), store.load(f"{component}.report")
-    report = Report.from_json(written) if written is not None else None
-    if engine is not None and report is not None:
-        return engine, report
-    log.info("building %s in %s for %s", component, order.precision, order.target)
-    engine, report = build(order, component)
-    store.store(component, engine)
-    store.store(f"{component}.report", report.to_json())
-    return engine, report
+def cached(
+    order: Order, store: CompiledCache, component: str, read: Callable[[bytes], Engine]
+) -> tuple[Engine, Report]:
+    """What `read` makes of an engine, and its report: of what `store` has, or else of what is built now."""
+
+    def stored(serialized: bytes) -> tuple[Engine, Report]:
+        report = Report.from_json(store.load(f"{component}.report") or b"")
+        if report is None:
+            raise LookupError("what was said of it as it was built is not there")
+        return read(serialized), report
+
+    def made() -> tuple[tuple[Engine, Report], bytes]:
+        log.info("building %s in %s for %s", component, order.precision, order.target)
+        serialized, report = build(order, component)
+        store.store(f"{component}.report", report.to_json())  # before the engine, which is looked for first
+        return (read(serialized), report), serialized
+
+    return store.obtain(component, stored, made)
 
 
 def build_engines(
@@ -252,4 +262,4 @@ def build_engines(
     chosen = choose_precision(precision, bundle.manifest, capability)
     order = Order(library, bundle, chosen, capability, max_batch, workspace)
     store = order.cache(cache_dir)
-    return [cached(order, store, component)[1] for component in bundle.manifest.components]
+    return [cached(order, store, component, bytes)[1] for component in bundle.manifest.components]

@@ -131,7 +131,7 @@ def _save(folder: Path, transformer: nn.Module, vae: nn.Module, t5: bool) -> Pat
         vae=vae,
         text_encoder=build_clip(tokenizer, 16, layers, hidden_act="quick_gelu", eos_token_id=eos, **ids),
         tokenizer=tokenizer,
-        text_encoder_2=build_clip(tokenizer_2, 24, layers, hidden_act="gelu", eos_token_id=2, **ids),
+        text_encoder_2=build_clip(tokenizer_2, 24, 1, hidden_act="gelu", eos_token_id=2, **ids),
         tokenizer_2=tokenizer_2,
         text_encoder_3=build_t5(tokenizer_3, 48) if t5 else None,
         tokenizer_3=tokenizer_3 if t5 else None,

@@ -160,6 +160,10 @@ class FakeCuda:
         self._graphs[executable] = list(self._graphs[int(graph)])
         return self._called("cudaGraphInstantiate", (graph, flags), real.cudaGraphExec_t(executable))
 
+    def cudaGetLastError(self) -> Any:
+        self.calls.append(("cudaGetLastError", ()))
+        return (real.cudaError_t.cudaSuccess,)
+
     def cudaGraphDestroy(self, graph: Any) -> Any:
         del self._graphs[int(graph)]
         return self._called("cudaGraphDestroy", (graph,))

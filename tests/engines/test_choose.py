@@ -32,8 +32,10 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Bundle, li
     def load(name: str, bundle: Bundle, options: EngineOptions) -> Engine:
         if name not in costs:
             raise RuntimeUnavailable(f"runtime {name!r} needs the package {name!r}, which is not installed")
-        loaded.append(name)
-        engine = FakeEngine(bundle, EngineOptions(), cost=lambda *_: costs[name], sleep=sleep)
+        label = f"{name} {options.threads}" if options.threads else name
+        loaded.append(label)
+        cost = costs.get(label, costs[name])
+        engine = FakeEngine(bundle, EngineOptions(), cost=lambda *_: cost, sleep=sleep)
         if costs[name] < 0:
             engine.fail("denoise")
         engine.info = engine.info.__class__(**{**vars(engine.info), "runtime": name})
@@ -41,6 +43,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Bundle, li
 
     monkeypatch.setattr(engines.choose, "load_runtime", load)
     monkeypatch.setattr(engines.choose, "AUTO", ("slow", "quick", "absent"))
+    monkeypatch.setattr(engines.choose, "_processors", lambda: 1)
     monkeypatch.setattr(engines.choose.time, "perf_counter", lambda: clock[0])
     return fake_bundle(tmp_path), loaded, costs
 
@@ -112,3 +115,34 @@ def test_nothing_that_works_is_an_error_with_every_reason(
         RuntimeUnavailable, match=r"no runtime works here: runtime 'slow' .*; runtime 'quick'"
     ):
         choose(bundle, EngineOptions())
+
+
+@pytest.mark.parametrize(("with_two", "taken"), [(1.5, 2), (1.96, 0), (3.0, 0)])
+def test_half_the_processors_are_taken_where_they_are_clearly_faster(
+    machine: tuple[Bundle, list[str], dict[str, float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    with_two: float,
+    taken: int,
+) -> None:
+    """The fastest runtime alone is measured so, and the number is remembered."""
+    bundle, loaded, costs = machine
+    monkeypatch.setattr(engines.choose, "_processors", lambda: 4)
+    costs["quick 2"] = with_two * MS
+    options = EngineOptions(cache_dir=tmp_path / "cache")
+    why = choose(bundle, options).info.why
+    assert loaded == ["slow", "quick", "quick 2"]
+    assert f"quick float32 with 2 threads {'makes' if taken else 'in'} " in why
+    loaded.clear()
+    choose(bundle, options)
+    assert loaded == ["quick 2" if taken else "quick"]
+
+
+def test_a_number_of_threads_that_was_asked_for_is_kept(
+    machine: tuple[Bundle, list[str], dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, loaded, costs = machine
+    monkeypatch.setattr(engines.choose, "_processors", lambda: 8)
+    costs["quick 4"] = 0.1 * MS
+    choose(bundle, EngineOptions(threads=3))
+    assert loaded == ["slow 3", "quick 3"]

@@ -131,10 +131,12 @@ def test_a_capture_that_fails_leaves_the_stream_usable(cuda: Cuda, fake: FakeCud
     with pytest.raises(ExecutionError, match="cannot be captured"):
         cuda.capture(lambda: False)
     assert not fake.capturing
+    assert fake.calls[-1][0] == "cudaGraphDestroy"
     fake.fail("cudaStreamEndCapture", real.cudaError_t.cudaErrorStreamCaptureInvalidated)
     with pytest.raises(ExecutionError, match="cudaErrorStreamCaptureInvalidated"):
         cuda.capture(lambda: True)
     assert not fake.capturing
+    assert fake.calls[-1][0] == "cudaGetLastError", "another library would report this error as its own"
     cuda.synchronize()
 
 
@@ -178,6 +180,9 @@ def test_the_real_bindings_take_every_call_that_was_made(cuda: Cuda, fake: FakeC
     cuda.launch(cuda.capture(lambda: True))
     cuda.download(row.pointer, (2,), np.dtype(np.float32))
     cuda.free_bytes()
+    fake.fail("cudaMalloc")
+    with pytest.raises(ExecutionError):
+        cuda.row((2,))
     cuda.close()
     made = dict(fake.calls)
     assert set(made) == {

@@ -90,11 +90,19 @@ class RecordedSession:
 
     made: list[RecordedSession]
 
-    def __init__(self, path: str, options: ort.SessionOptions, providers: Sequence[str]) -> None:
-        assert list(providers) == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    loads_cuda = True
+
+    def __init__(self, path: str, options: ort.SessionOptions, providers: Sequence[object]) -> None:
+        assert list(providers) == [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
         self.real = REAL(path, options, providers=["CPUExecutionProvider"])
         self.runs: list[RecordedBinding] = []
         self.get_outputs = self.real.get_outputs
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider"] * self.loads_cuda + ["CPUExecutionProvider"]
+
+    def run(self, *arguments: Any) -> Any:
+        return self.real.run(*arguments)
 
     def io_binding(self) -> RecordedBinding:
         return RecordedBinding(self)
@@ -122,3 +130,18 @@ def test_cuda_provider_is_used_with_everything_bound_to_the_device(
     assert engine.info.device == "CUDA"
     assert draw(engine, JOBS).tobytes() == plain.tobytes()
     assert len(engine._sessions["denoiser"].runs) == 4
+
+
+def test_cuda_that_does_not_load_is_the_cpu_and_says_so(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ONNX Runtime itself falls back without a word."""
+    monkeypatch.setattr(
+        ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(ort, "InferenceSession", RecordedSession)
+    monkeypatch.setattr(RecordedSession, "loads_cuda", False)
+    engine = OnnxRuntimeEngine(bundle, EngineOptions("onnxruntime", threads=1))
+    assert engine.info.device == "CPU"
+    assert "so it runs on the CPU" in caplog.text
+    draw(engine, JOBS)

@@ -124,10 +124,8 @@ def test_a_stored_engine_that_the_device_does_not_take_is_built_anew(
     store.store("denoiser", b"an engine of another world")
     package = FakeTensorRT(FakeCuda())
     engine = load(trt=package, cache_dir=tmp_path)
-    assert (
-        "the stored denoiser cannot be used, it is built anew: The engine plan file is not compat"
-        in caplog.text
-    )
+    assert "the stored denoiser cannot be used, it is compiled anew: TensorRT-RTX" in caplog.text
+    assert "The engine plan file is not compat" in caplog.text
     assert package.calls["build_serialized_network"] == 1
     draw(engine, JOBS[:1])
 
