@@ -21,6 +21,7 @@ from engines.export.parity import EXAMPLE_BATCH, Probe, answer, latent_probe, ra
 from engines.export.precision import LOW, lower_
 from engines.export.stages import Stage
 from engines.families.base import Family
+from engines.families.loading import quiet
 
 PICTURES = 2
 """Whole pictures compared per size."""
@@ -216,4 +217,5 @@ def make_plan(
 
 
 def _lower_whole(module: GraphModule) -> None:
-    module.weights.to(LOW)
+    with quiet():  # diffusers notes that no module asked to stay in float32
+        module.weights.to(LOW)

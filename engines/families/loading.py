@@ -16,8 +16,11 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from engines.bundle import TEXT_ENCODERS
 from engines.families.base import FamilyError
+
+SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
+LIBRARIES = ("diffusers", "transformers")
+"""Where the classes of modules and schedulers come from."""
 
 
 @contextmanager
@@ -47,13 +50,13 @@ def load_pipeline(
 ) -> Any:
     """Load a local diffusers folder, or a hub id that diffusers resolves; safetensors only, nothing pickled.
 
-    `classes`: every module of the family, and the classes that it may be of. Those in `optional` may be left out by
-    the folder's index, and are then None. Modules left out by `only` are None if they are text encoders, else of their
-    configuration without weights (on the meta device). All others are in `dtype`, in evaluation mode, and want no
-    gradient.
+    `classes`: every module of the family, and the classes that it may be of. Those that are `optional` are None where
+    the folder's index leaves them out; all others, their tokenizers and a scheduler must be there. Modules left out by
+    `only` are None if they are text encoders, else of their configuration without weights (on the meta device). All
+    others are in `dtype`, in evaluation mode, and want no gradient.
 
     Raises:
-        FamilyError: a component is missing, unreadable, or of another class.
+        FamilyError: a component or one of its weights is missing, unreadable, or of another class.
     """
     source, local = folder.as_posix(), folder.is_dir()
     try:
@@ -61,26 +64,18 @@ def load_pipeline(
         present = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
         if missing := [name for name in present if local and not (folder / name).is_dir()]:
             raise FamilyError(f"{folder} lacks {', '.join(missing)}, which its model_index.json names")
-        needed = {"scheduler", *(name for name in classes if name not in optional or name in present)}
-        needed |= {name.replace("text_encoder", "tokenizer") for name in needed if name in TEXT_ENCODERS}
-        if absent := sorted(needed.difference(present)):
-            raise FamilyError(
-                f"{folder} names no {', '.join(absent)} in its model_index.json; the model needs it"
-            )
-        for name in present:
-            if index[name][1] not in classes.get(name, (index[name][1],)):
-                raise FamilyError(
-                    f"{folder} has a {index[name][1]} as its {name}; {' or '.join(classes[name])} is needed"
-                )
+        _check_index(folder, index, present, {**classes, "scheduler": SCHEDULERS}, optional)
         given: dict[str, Any] = {
             name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None
         }
         for name in classes if only is not None else ():
             if only is not None and name not in only and name in present:
                 given[name] = None if name.startswith("text_encoder") else _empty(source, name, index, local)
+        modules = [name for name in classes if local and name in present and name not in given]
+        whole = {name: _whole(folder, name, index, dtype) for name in modules}
         with quiet():
             pipeline = pipeline_class.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, local_files_only=local, **given
+                source, dtype=dtype, use_safetensors=True, local_files_only=local, **given, **whole
             )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise FamilyError(f"{folder} cannot be loaded as {pipeline_class.__name__}: {error}") from error
@@ -89,6 +84,55 @@ def load_pipeline(
             # Without accelerate, diffusers leaves some parameters in the file's dtype.
             nn.Module.to(module, dtype).eval().requires_grad_(False)
     return pipeline
+
+
+def _check_index(
+    folder: Path,
+    index: Mapping[str, Any],
+    present: Collection[str],
+    classes: Mapping[str, tuple[str, ...]],
+    optional: Collection[str],
+) -> None:
+    wanted = [name for name in classes if name not in optional or {name, _tokenizer(name)} & set(present)]
+    wanted += [_tokenizer(name) for name in wanted if name.startswith("text_encoder")]
+    if missing := [name for name in wanted if name not in present]:
+        raise FamilyError(
+            f"{folder} has no {', '.join(missing)} by its model_index.json, and {index['_class_name']} needs that; "
+            "save or download the whole pipeline again"
+        )
+    for name in present:
+        library, kind = index[name]
+        if kind not in classes.get(name, (kind,)):
+            raise FamilyError(f"{folder} has a {kind} as its {name}; {' or '.join(classes[name])} is needed")
+        if name in classes and library not in LIBRARIES:
+            raise FamilyError(
+                f"{folder} has a {library}.{kind} as its {name}; {' or '.join(LIBRARIES)}'s is needed"
+            )
+
+
+def _tokenizer(text_encoder: str) -> str:
+    return text_encoder.replace("text_encoder", "tokenizer")
+
+
+def _whole(folder: Path, name: str, index: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """One module of a local folder. What its weights lack both libraries would fill with random numbers, and go on."""
+    library, kind_name = index[name]
+    kind = getattr(importlib.import_module(library), kind_name)
+    with quiet():
+        module, info = kind.from_pretrained(
+            str(folder / name),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise FamilyError(
+            f"{folder / name} lacks {missing[0]}, {len(missing)} of the weights that a {kind_name} of its "
+            "configuration has; save or download it again"
+        )
+    loaded: nn.Module = module
+    return loaded
 
 
 def _empty(source: str, name: str, index: dict[str, Any], local: bool) -> nn.Module:

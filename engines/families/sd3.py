@@ -24,12 +24,15 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from torch import Tensor, nn
 
 from engines.bundle import TEXT_ENCODERS
-from engines.families.base import Conditioning, Family, TextEncoder
+from engines.families.base import Conditioning, Family, FamilyError, TextEncoder
 from engines.families.joint_attention import fuse_projections, use_joint_attention
 from engines.families.loading import load_pipeline, quiet
 
 T5_LENGTH = 256
 """Tokens of the T5 prompt, the pipeline's default `max_sequence_length`."""
+
+LONGEST = 2**16
+"""Tokens of a prompt; transformers puts 1e30 where a tokenizer does not say."""
 
 TIMESTEPS = 1000.0
 """SD3's transformer takes time in [0, 1000]: σ times this."""
@@ -101,8 +104,15 @@ class SD3Family(Family):
         cls, folder: Path, dtype: torch.dtype = torch.float32, only: Collection[str] | None = None
     ) -> SD3Family:
         """See `load_pipeline`. A folder whose index has no third text encoder is loaded without one."""
-        optional = ("text_encoder_3",)
-        return cls(load_pipeline(StableDiffusion3Pipeline, folder, dtype, only, CLASSES, optional), folder)
+        pipeline = load_pipeline(
+            StableDiffusion3Pipeline, folder, dtype, only, CLASSES, optional=("text_encoder_3",)
+        )
+        if pipeline.tokenizer_max_length > LONGEST:
+            raise FamilyError(
+                f"{folder / 'tokenizer'} does not say how many tokens it makes of a prompt (model_max_length in "
+                "tokenizer_config.json); save or download it again"
+            )
+        return cls(pipeline, folder)
 
     # text
 

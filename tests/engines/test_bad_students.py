@@ -67,6 +67,30 @@ def _first(tensors: dict[str, torch.Tensor], value: float) -> None:
 
 CASES: dict[str, tuple[Break, str]] = {
     "component missing": (lambda folder: shutil.rmtree(folder / "vae"), "lacks vae, which its model_index.json names"),
+    "component that the index leaves out": (
+        _index(text_encoder_2=[None, None]),
+        "has no text_encoder_2 by its model_index.json, and StableDiffusion3Pipeline needs that; save or download the",
+    ),
+    "text encoder without its tokenizer": (_index(tokenizer=[None, None]), "has no tokenizer by its model_index.json"),
+    "transformer left out": (_index(transformer=[None, None]), "has no transformer by its model_index.json"),
+    "autoencoder left out": (_index(vae=[None, None]), "has no vae by its model_index.json"),
+    "scheduler left out": (_index(scheduler=[None, None]), "has no scheduler by its model_index.json"),
+    "scheduler of another class": (
+        _index(scheduler=["diffusers", "DDIMScheduler"]),
+        "has a DDIMScheduler as its scheduler; FlowMatchEulerDiscreteScheduler is needed",
+    ),
+    "a class of another library": (
+        _index(vae=["somebody", "AutoencoderTiny"]),
+        "has a somebody.AutoencoderTiny as its vae; diffusers or transformers's is needed",
+    ),
+    "one weight missing": (
+        _tensors("text_encoder/model.safetensors", lambda tensors: tensors.pop(min(tensors))),
+        "lacks text_model.embeddings.position_embedding.weight, 1 of the weights that a CLIPTextModelWithProjection of",
+    ),
+    "tokenizer that says no length": (
+        lambda folder: (folder / "tokenizer" / "tokenizer_config.json").unlink(),
+        "does not say how many tokens it makes of a prompt (model_max_length in tokenizer_config.json)",
+    ),
     "configuration missing": (
         lambda folder: (folder / "vae" / "config.json").unlink(), "Error no file named config.json found",
     ),
