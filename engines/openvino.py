@@ -2,7 +2,7 @@
 
 Every component is compiled once with a dynamic batch, and the denoiser once more for a single picture of the default
 size: a static shape makes that one a sixth faster, larger batches hardly, and each compiled shape holds its own copy
-of the weights.
+of the weights. So models above `SINGLE_BYTES` are compiled once only.
 
 Bfloat16 has 8 bits of mantissa: 1000·σ computed in it makes σ = 0.9 and 0.9015 the same time. The runtime has no way
 to keep chosen operations in float32, so the sines and cosines of σ are cut out of the denoiser into a small float32
@@ -32,6 +32,9 @@ NATIVE_BF16 = {"amx_bf16", "avx512_bf16"}
 CPUINFO = Path("/proc/cpuinfo")
 
 TIME = "time"
+
+SINGLE_BYTES = 1_000_000_000
+"""Weights of the denoiser's graph above which it is not compiled a second time."""
 
 Shape = tuple[int, ...]
 
@@ -67,7 +70,9 @@ class OpenVINOEngine(HostEngine):
             size.height // latent.downscale,
             size.width // latent.downscale,
         )
-        self._single_request = self._load("denoiser", self._single)
+        graph = self.manifest.components["denoiser"].graphs["float32"]
+        large = sum(ref.bytes for ref in (graph.file, *graph.data)) > SINGLE_BYTES
+        self._single_request = self._requests["denoiser"] if large else self._load("denoiser", self._single)
         needs_time = any(
             port.get_any_name().startswith(TIME) for port in self._requests["denoiser"].model_inputs
         )

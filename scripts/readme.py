@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/settings.md anew (`make readme`): settings from their classes, figures from
+"""Write the tables of README.md, docs/engines.md and docs/settings.md anew (`make readme`): settings from their classes, figures from
 benchmarks/results/ (`scripts/figures.py`).
 
 In the README, what stands between `<!-- settings:module:Class -->` and `<!-- /settings -->` is what `settings_table`
@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+ENGINES = ROOT / "docs" / "engines.md"
 SETTINGS = ROOT / "docs" / "settings.md"
 FIGURES = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- settings:([\w.]+):(\w+) -->\n).*?(<!-- /settings -->)", re.DOTALL)
@@ -34,6 +35,7 @@ def rendered(text: str) -> str:
     """`text` with every settings table as the classes now are, and every figure as it was measured."""
     sys.path.insert(0, str(ROOT))
     from scripts.figures import TABLES
+    from scripts.figures_engines import TABLES as ENGINE_TABLES
 
     def table(block: re.Match[str]) -> str:
         begin, module, name, end = block.groups()
@@ -41,7 +43,7 @@ def rendered(text: str) -> str:
 
     def figures(block: re.Match[str]) -> str:
         begin, name, end = block.groups()
-        return f"{begin}{TABLES[name]()}{end}"
+        return f"{begin}{(TABLES | ENGINE_TABLES)[name]()}{end}"
 
     return FIGURES.sub(figures, BLOCK.sub(table, text))
 
@@ -87,6 +89,7 @@ def main() -> int:
     """Exit code 1 when `--check` finds a difference."""
     wanted = {
         README: rendered(README.read_text(encoding="utf-8")),
+        ENGINES: rendered(ENGINES.read_text(encoding="utf-8")),
         SETTINGS: settings_page(),
         OBSERVABILITY: observability_page(),
     }

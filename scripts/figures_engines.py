@@ -1,0 +1,54 @@
+"""The tables of docs/engines.md: what the engine benchmarks wrote to benchmarks/results/, row by row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
+
+
+def _result(file: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((RESULTS / file).read_text(encoding="utf-8").splitlines()[-1])
+    return document
+
+
+def rows_of(*files: str, label: str = "") -> Callable[[], str]:
+    """A table of the files' rows; with `label`, its first column is that fact of each file (`a.b` looks inside)."""
+
+    def table() -> str:
+        found: list[dict[str, Any]] = []
+        for file in files:
+            document = _result(file)
+            fact: Any = document
+            for key in label.split(".") if label else ():
+                fact = fact[key]
+            found += [{label.split(".")[-1]: fact, **row} if label else row for row in document["rows"]]
+        columns = list(dict.fromkeys(key for row in found for key in row))
+        lines = [columns, ["---"] * len(columns), *([_cell(row.get(name)) for name in columns] for row in found)]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    return table
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "steps_emoji": rows_of("steps-emoji.txt"),
+    "steps_75m": rows_of("steps-75m.txt"),
+    "steps_medium": rows_of("steps-medium.txt"),
+    "roofline": rows_of("roofline-emoji.txt", "roofline-75m.txt", "roofline-medium.txt", label="bundle"),
+    "rewrites": rows_of("rewrites-2.txt", "rewrites-8.txt", label="bundle"),
+    "student": rows_of("student-emoji.txt", "student-75m.txt", label="bundle"),
+    "build": rows_of("build-emoji.txt", "build-75m.txt", "build-medium.txt", label="student"),
+    "bundle": rows_of("bundle-emoji.txt"),
+}
+"""What a page of docs/ may ask for."""
