@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.peers import Peer, Workload
 from engines.families.loading import load_pipeline
-from engines.families.sd3 import CLASSES, T5_LENGTH
+from engines.families.sd3 import CLASSES, OPTIONAL, T5_LENGTH
 
 
 class DiffusersModel:
@@ -34,7 +34,7 @@ class DiffusersModel:
         if threads:
             torch.set_num_threads(threads)
         self.name = f"diffusers {str(dtype).removeprefix('torch.')}"
-        self.pipeline: Any = load_pipeline(StableDiffusion3Pipeline, folder, dtype, None, CLASSES)
+        self.pipeline: Any = load_pipeline(StableDiffusion3Pipeline, folder, dtype, None, CLASSES, OPTIONAL)
         self.pipeline.set_progress_bar_config(disable=True)
 
     def peer(self, workload: Workload, compiled: bool = False) -> Peer:

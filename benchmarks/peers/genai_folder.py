@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.peers.genai import SOURCE
 from engines.families.base import FamilyError
 from engines.families.loading import load_pipeline, quiet
-from engines.families.sd3 import CLASSES, TIMESTEPS
+from engines.families.sd3 import CLASSES, OPTIONAL, TIMESTEPS
 from engines.files import PARTIAL, replace_folder
 
 INDEX = "model_index.json"
@@ -61,7 +61,7 @@ def convert(folder: Path, out: Path, steps: int) -> Path:
     _write(
         partial / "scheduler" / "scheduler_config.json", {**scheduler, "num_train_timesteps": training_steps}
     )
-    # In a process of its own: OpenVINO's frontend leaves torch's functions patched (a softmax's gradient is then wrong).
+    # In a process of its own: OpenVINO's frontend leaves torch patched (a softmax then has a wrong gradient).
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         process.submit(_models, folder, partial, TIMESTEPS / training_steps).result()
     # GenAI knows but one class of autoencoder; of its configuration it reads scales and sizes.
@@ -181,7 +181,9 @@ def _tokenizer(folder: Path, out: Path) -> None:
     import openvino
     from openvino_tokenizers import convert_tokenizer  # type: ignore[import-untyped]
 
-    tokenizer = getattr(load_pipeline(StableDiffusion3Pipeline, folder, torch.float32, (), CLASSES), out.name)
+    tokenizer = getattr(
+        load_pipeline(StableDiffusion3Pipeline, folder, torch.float32, (), CLASSES, OPTIONAL), out.name
+    )
     model = convert_tokenizer(tokenizer, truncation=True, max_length=tokenizer.model_max_length)
     out.mkdir(parents=True)
     openvino.save_model(model, str(out / "openvino_tokenizer.xml"))
@@ -194,7 +196,7 @@ def _load(folder: Path, name: str) -> Any:
         raise FamilyError(f"{folder / name} holds no .safetensors; only these are read")
     with safe_open(files[0], framework="pt") as file:
         dtype = file.get_tensor(next(iter(file.keys()))).dtype
-    return getattr(load_pipeline(StableDiffusion3Pipeline, folder, dtype, (name,), CLASSES), name)
+    return getattr(load_pipeline(StableDiffusion3Pipeline, folder, dtype, (name,), CLASSES, OPTIONAL), name)
 
 
 def _trace(

@@ -47,6 +47,9 @@ CLASSES = {
 }
 """Component → classes that it may be of."""
 
+OPTIONAL = ("text_encoder_3",)
+"""Components that an index may leave out."""
+
 
 class _Clip(nn.Module):
     """Ids → last-but-one hidden states `(B, L, D)`, projected pooled output `(B, P)`: what SD3 takes of a CLIP."""
@@ -104,9 +107,7 @@ class SD3Family(Family):
         cls, folder: Path, dtype: torch.dtype = torch.float32, only: Collection[str] | None = None
     ) -> SD3Family:
         """See `load_pipeline`. A folder whose index has no third text encoder is loaded without one."""
-        pipeline = load_pipeline(
-            StableDiffusion3Pipeline, folder, dtype, only, CLASSES, optional=("text_encoder_3",)
-        )
+        pipeline = load_pipeline(StableDiffusion3Pipeline, folder, dtype, only, CLASSES, OPTIONAL)
         if pipeline.tokenizer_max_length > LONGEST:
             raise FamilyError(
                 f"{folder / 'tokenizer'} does not say how many tokens it makes of a prompt (model_max_length in "

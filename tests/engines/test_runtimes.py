@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from engines.base import Engine, EngineOptions, load_engine
 from engines.bundle import Bundle
 from engines.errors import ExecutionError, RuntimeUnavailable
-from engines.openvino import choose_precision
+from engines.openvino import OpenVINOEngine, choose_precision
 from tests.engines.pictures import Job, draw, starting_noise, worst
 
 JOBS = [
@@ -139,13 +140,33 @@ def test_compiled_cache_gives_the_same_picture(bundle: Bundle, tmp_path: Path) -
     assert [blob.stem for blob in blobs] == [
         "decoder",
         "denoiser",
-        "denoiser-1x8x8x8",
+        *(f"denoiser-{batch}x8x8x8" for batch in (1, 2, 4, 8)),
         "text_encoder",
         "text_encoder_2",
     ]
     blobs[0].write_bytes(blobs[0].read_bytes()[:-1])  # a damaged file is compiled anew
     pictures.append(draw(load_engine(bundle, options), JOBS[:2]))
     assert pictures[0].tobytes() == pictures[1].tobytes() == pictures[2].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "room", "batches"),
+    [
+        (EngineOptions("openvino", max_batch=6), 1.0, {1, 2, 4}),
+        (EngineOptions("openvino", max_batch=8, invariant_batch=3), 1.0, {3}),
+        (EngineOptions("openvino"), 0.0, set()),
+    ],
+)
+def test_static_shapes_are_those_that_serving_asks_for_and_memory_has_room_for(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, options: EngineOptions, room: float, batches: set[int]
+) -> None:
+    """Whether a shape is static or not, a picture is the same but for rounding."""
+    monkeypatch.setattr("engines.openvino.STATIC_BYTES", int(room * 1e9))
+    engine = load_engine(bundle, replace(options, precision="f32", threads=1))
+    assert isinstance(engine, OpenVINOEngine)
+    assert {shape[0] for shape in engine._static} == batches
+    dynamic = load_engine(bundle, EngineOptions("openvino", "f32", threads=1, max_batch=8))
+    assert np.abs(draw(engine, JOBS[:2]).astype(int) - draw(dynamic, JOBS[:2])).max() <= 1
 
 
 @pytest.mark.parametrize(
