@@ -19,7 +19,7 @@ endif
 PIP = -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test triton kernels gpu-acceptance check readme model figures load fuzz clean lock python
+.PHONY: help serve test triton kernels gpu-acceptance check readme model figures figures-engines load fuzz clean lock python
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -72,6 +72,32 @@ figures: $(TEST)/.installed ## measure what the README quotes, on an otherwise i
 	$(BIN)/cdm-bench http | tee $(RESULTS)/http.txt
 	$(BIN)/cdm-bench invariance --rounds 8 | tee $(RESULTS)/invariance.txt
 	$(BIN)/cdm-bench coldstart --runs 5 --install | tee $(RESULTS)/coldstart.txt
+	$(BIN)/python scripts/readme.py
+
+SCALE = $(RUNS)/scale
+STEPS = $(BIN)/cdm-bench steps --threads 2
+figures-engines: $(TEST)/.installed ## measure what docs/engines.md quotes, on an otherwise idle machine (an hour; 20 GB of memory)
+	$(BIN)/python -c "from pathlib import Path; from benchmarks.random_sd3 import build_random_sd3 as build; build(Path('$(SCALE)/75m'), '75m')"
+	$(BIN)/python -c "from pathlib import Path; from benchmarks.random_sd3 import build_random_sd3 as build; build(Path('$(SCALE)/medium'), 'medium')"
+	$(BIN)/cdm-export $(SCALE)/75m --out $(SCALE)/75m-bundle --sizes 256x256
+	$(BIN)/cdm-export $(SCALE)/medium --out $(SCALE)/medium-bundle --sizes 512x512 --batches 1 --verify openvino:bf16
+	$(STEPS) --bundle cdm_serve/bundles/emoji --student $(RUNS)/emoji-cdm/student --rounds 12 | tee $(RESULTS)/steps-emoji.txt
+	$(STEPS) --bundle $(SCALE)/75m-bundle --student $(SCALE)/75m --rounds 8 --converted $(RUNS)/genai-75m | tee $(RESULTS)/steps-75m.txt
+	$(STEPS) --bundle $(SCALE)/medium-bundle --student $(SCALE)/medium --batches 1 --rounds 4 --apart --no-pictures \
+		--contenders ours,onnxruntime-f32,diffusers-bf16,compile-bf16,genai --converted $(RUNS)/genai-medium | tee $(RESULTS)/steps-medium.txt
+	$(BIN)/cdm-bench roofline --bundle cdm_serve/bundles/emoji --student $(RUNS)/emoji-cdm/student --batches 1,8 --threads 2 | tee $(RESULTS)/roofline-emoji.txt
+	$(BIN)/cdm-bench roofline --bundle $(SCALE)/75m-bundle --student $(SCALE)/75m --batches 1,4 --threads 2 | tee $(RESULTS)/roofline-75m.txt
+	$(BIN)/cdm-bench roofline --bundle $(SCALE)/medium-bundle --student $(SCALE)/medium --batches 1 --rounds 4 --threads 2 | tee $(RESULTS)/roofline-medium.txt
+	$(BIN)/cdm-bench rewrites --longcat 2 --size 512x512 --threads 2 --rounds 20 --work $(RUNS)/rewrites | tee $(RESULTS)/rewrites-2.txt
+	$(BIN)/cdm-bench rewrites --longcat 8 --size 512x512 --threads 2 --rounds 20 --work $(RUNS)/rewrites | tee $(RESULTS)/rewrites-8.txt
+	$(BIN)/cdm-bench student --bundle cdm_serve/bundles/emoji --threads 2 --rounds 20 | tee $(RESULTS)/student-emoji.txt
+	$(BIN)/cdm-bench student --bundle $(SCALE)/75m-bundle --threads 2 --rounds 5 | tee $(RESULTS)/student-75m.txt
+	$(BIN)/cdm-bench build --student $(RUNS)/emoji-cdm/student --runs 5 --threads 2 | tee $(RESULTS)/build-emoji.txt
+	$(BIN)/cdm-bench build --student $(SCALE)/75m --sizes 256x256 --runs 3 --threads 2 | tee $(RESULTS)/build-75m.txt
+	$(BIN)/cdm-bench build --student $(SCALE)/medium --sizes 512x512 --batches 1 --verify openvino:bf16 --engines openvino:bf16 \
+		--runs 1 --threads 2 | tee $(RESULTS)/build-medium.txt
+	$(BIN)/cdm-bench bundle --bundle cdm_serve/bundles/emoji --student $(RUNS)/emoji-cdm/student --prompts 200 --threads 2 | \
+		tee $(RESULTS)/bundle-emoji.txt
 	$(BIN)/python scripts/readme.py
 
 SWEEP = --slo-ms 250,1000 --rates 14,42,56,70,85,110 --duration 8 --warmup 2

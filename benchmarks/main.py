@@ -88,6 +88,36 @@ COMMANDS = {
         extra="bench",
         epilog="cdm-bench sensitivity --student runs/emoji-cdm/student",
     ),
+    "rewrites": Command(
+        "benchmarks.rewrites:RewritesBenchSettings",
+        "benchmarks.rewrites:run",
+        "what each exact rewrite of the model brings to a denoiser call",
+        extra="bench",
+        epilog="cdm-bench rewrites --longcat 8 --size 512x512 --threads 2 --work runs/rewrites\n"
+        "cdm-bench rewrites --model runs/emoji-cdm/student --batches 1,8",
+    ),
+    "student": Command(
+        "benchmarks.student:StudentBenchSettings",
+        "benchmarks.student:run",
+        "a few-step student beside its guided teacher on the same engine: end to end, and by parts",
+        extra="bench",
+        epilog="cdm-bench student --bundle bundles/emoji --steps 4 --teacher-steps 28",
+    ),
+    "build": Command(
+        "benchmarks.build:BuildBenchSettings",
+        "benchmarks.build:run",
+        "export time and memory; every engine's build, load from cache and first picture; bytes on disk",
+        extra="bench",
+        epilog="cdm-bench build --student runs/emoji-cdm/student --runs 5",
+    ),
+    "bundle": Command(
+        "benchmarks.bundle_quality:BundleBenchSettings",
+        "benchmarks.bundle_quality:run",
+        "a bundle's pictures beside its torch student's: PSNR, and the evaluator's scores",
+        extra="bench",
+        epilog="cdm-bench bundle --bundle bundles/emoji --student runs/emoji-cdm/student --prompts 200",
+        user_errors=("training.errors:TrainingError",),
+    ),
     "tensorrt": Command(
         "benchmarks.tensorrt:TensorRTBenchSettings",
         "benchmarks.tensorrt:run",

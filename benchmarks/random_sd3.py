@@ -77,8 +77,8 @@ def build_random_sd3(
     generator = torch.Generator().manual_seed(seed)
 
     def filled(make: Callable[[], nn.Module]) -> nn.Module:
-        with _default_dtype(dtype):
-            return _fill(make(), generator)
+        with default_dtype(dtype):
+            return fill(make(), generator)
 
     tokenizer = build_tokenizer()
     pipeline: Any = StableDiffusion3Pipeline(
@@ -158,7 +158,7 @@ def _clip(tokenizer: CLIPTokenizer, width: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _fill(module: nn.Module, generator: torch.Generator) -> nn.Module:
+def fill(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """Normal weights that keep a unit variance from layer to layer, so that outputs are finite and not flat."""
     dtype = torch.get_default_dtype()
     for owner in module.modules():
@@ -174,7 +174,7 @@ def _fill(module: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -233,7 +233,7 @@ def choose_precision(asked: str, cpuinfo: Path = CPUINFO) -> str:
 def cut_time(model: ov.Model) -> ov.Model | None:
     """Cut the sines and cosines of σ out of the denoiser: σ → their values, as a model; they become inputs of `model`.
 
-    Inputs and outputs are called `time_0`, `time_1`, … None if the graph has no sine or cosine.
+    Inputs and outputs are called `time_0`, `time_1`, … None if the graph has no sine or cosine of σ.
     """
     time = model.clone()
     waves, inputs = [_waves(graph) for graph in (time, model)]
@@ -253,4 +253,16 @@ def cut_time(model: ov.Model) -> ov.Model | None:
 
 
 def _waves(model: ov.Model) -> list[ov.Node]:
-    return [node for node in model.get_ordered_ops() if node.get_type_name() in ("Sin", "Cos")]
+    """Those of σ alone: LongCat's positions, where no table has taken their place, have sines of x and the text."""
+    needs: dict[str, set[str]] = {}
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Parameter":
+            needs[node.get_friendly_name()] = set(node.output(0).get_names())
+        else:
+            sources = [port.get_source_output().get_node().get_friendly_name() for port in node.inputs()]
+            needs[node.get_friendly_name()] = set().union(*(needs[name] for name in sources))
+    return [
+        node
+        for node in model.get_ordered_ops()
+        if node.get_type_name() in ("Sin", "Cos") and needs[node.get_friendly_name()] == {"sigma"}
+    ]

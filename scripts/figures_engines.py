@@ -29,14 +29,18 @@ def rows_of(*files: str, label: str = "") -> Callable[[], str]:
     def table() -> str:
         found: list[dict[str, Any]] = []
         for file in files:
+            if not (RESULTS / file).is_file():
+                continue
             document = _result(file)
             fact: Any = document
             for key in label.split(".") if label else ():
                 fact = fact[key]
             found += [{label.split(".")[-1]: fact, **row} if label else row for row in document["rows"]]
+        missing = [file for file in files if not (RESULTS / file).is_file()]
+        note = f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
         columns = list(dict.fromkeys(key for row in found for key in row))
         lines = [columns, ["---"] * len(columns), *([_cell(row.get(name)) for name in columns] for row in found)]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return ("".join(f"| {' | '.join(line)} |\n" for line in lines) if found else "") + note
 
     return table
 

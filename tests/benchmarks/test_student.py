@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,8 +40,8 @@ def test_parts_and_whole_are_timed_and_their_ratios_are_of_the_medians(
         assert row[student] > 0 < row[teacher_column]
         assert row["teacher / student"] == pytest.approx(row[teacher_column] / row[student])
     for column in (student, teacher_column):
-        assert sum(row[column] for row in rows[:3]) == pytest.approx(rows[3][column], rel=0.5)
-    assert rows[1]["teacher / student"] > 2  # five times the steps, of twice the rows
+        # Of two rounds the median is the mean, and means add up.
+        assert sum(row[column] for row in rows[:3]) <= rows[3][column]
 
 
 def test_guidance_is_that_of_the_velocities(tiny_bundle: Bundle) -> None:
@@ -58,16 +59,28 @@ def test_guidance_is_that_of_the_velocities(tiny_bundle: Bundle) -> None:
     engine.close()
 
 
-def test_a_guided_picture_is_the_student_s_where_both_prompts_are_one(tiny_bundle: Bundle) -> None:
+def test_a_guided_picture_takes_twice_the_rows_and_is_the_student_s_where_both_prompts_are_one(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = load_engine(tiny_bundle, EngineOptions("onnxruntime", "f32", 1))
+    rows: list[int] = []
+    denoise = engine.denoise
+
+    def counted(samples: Any, *arguments: Any) -> Any:
+        rows.append(len(samples))
+        return denoise(samples, *arguments)
+
+    monkeypatch.setattr(engine, "denoise", counted)
     latent = tiny_bundle.manifest.latent
     start = [np.random.default_rng(1).standard_normal((latent.channels, 8, 8), dtype=np.float32)]
     sigmas = tiny_bundle.manifest.sigmas(2)
     watches = [Stopwatch(), Stopwatch(), Stopwatch()]
     plain = drawing(engine, "", start, sigmas, watches[0])()
-    assert np.abs(plain.astype(int) - drawing(engine, "", start, sigmas, watches[1], 5.0)().astype(int)).max() <= 1
+    same = drawing(engine, "", start, sigmas, watches[1], 5.0)()
+    assert np.abs(plain.astype(int) - same.astype(int)).max() <= 1
     other = drawing(engine, "red apple", start, sigmas, watches[2], 5.0)()
     assert not np.array_equal(plain, other)
+    assert rows == [1, 1, 2, 2, 2, 2]
     assert all(len(watch.parts[part]) == 1 for watch in watches for part in ("text", "denoiser", "decoder"))
     engine.close()
 
@@ -82,7 +95,10 @@ def test_a_teacher_s_schedule_is_the_bundle_s_or_even(tiny_bundle: Bundle) -> No
 
 def test_wrong_input_is_one_sentence(tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["--bundle", str(tiny_bundle.root), "--steps", "99"], "--steps=99: the bundle has schedules for [1, 2"),
+        (
+            ["--bundle", str(tiny_bundle.root), "--steps", "99"],
+            "--steps=99: the bundle has schedules for [1, 2",
+        ),
         (["--bundle", "nowhere"], "nowhere is not a bundle"),
         (["--bundle", str(tiny_bundle.root), "--teacher", "nowhere"], "nowhere is not a bundle"),
     ):
