@@ -104,8 +104,12 @@ def test_keys_are_read_again_on_hangup_and_a_broken_file_changes_nothing(guarded
 
 def test_log_names_keys_and_shows_none(guarded: Guarded) -> None:
     guarded.draw(guarded.secrets["bob"])
+
+    def bob_was_served() -> bool:  # told after the answer
+        return any(line.get("key") == "bob" and line["status"] == 200 for line in guarded.lines())
+
+    wait_until(bob_was_served)
     lines = guarded.lines()
-    assert any(line.get("key") == "bob" and line["status"] == 200 for line in lines)
     assert not any(secret in json.dumps(lines) for secret in guarded.secrets.values())
 
 
