@@ -18,6 +18,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +37,9 @@ BUDGET_S = 3.0
 
 GAIN = 0.95
 """Fewer threads are taken where a picture then takes less than this share of the time: noise is no reason."""
+
+ALONE_BYTES = 1_000_000_000
+"""Graphs and weights above which no two engines are in memory together: a runtime may take four times as much."""
 
 VERDICT = "fastest"
 
@@ -88,14 +92,18 @@ def _because(engine: Engine, why: str) -> Engine:
 def _measure_all(bundle: Bundle, options: EngineOptions) -> tuple[Engine, int, str]:
     """The fastest engine, loaded, its number of threads (0: its own choice), and the words for it.
 
-    Never more than two are loaded at once.
+    Two are loaded at once at most, of a large bundle never more than one: the fastest is then loaded again at the end.
     """
     best: Engine | None = None
+    alone = sum(_bytes(bundle)) > ALONE_BYTES
     measured: list[Measured] = []
     reasons: list[str] = []
 
     def measure(name: str, threads: int) -> None:
         nonlocal best
+        if alone and best is not None:
+            best.close()
+            best = None
         try:
             engine = load_runtime(name, bundle, replace(options, threads=threads))
         except RuntimeUnavailable as error:
@@ -120,12 +128,14 @@ def _measure_all(bundle: Bundle, options: EngineOptions) -> tuple[Engine, int, s
 
     for name in AUTO:
         measure(name, options.threads)
-    if best is None:
+    if not measured:
         raise RuntimeUnavailable("no runtime works here: " + "; ".join(reasons))
     works = len(measured)
     if options.threads == 0 and (half := _processors() // 2):
         measure(measured[0].runtime, half)
     first, *rest = measured
+    if best is None:
+        best = load_runtime(first.runtime, bundle, replace(options, threads=first.threads or options.threads))
     steps = bundle.manifest.default_steps
     others = sorted(rest, key=lambda item: item.picture_ms)
     why = ", ".join(
@@ -134,6 +144,13 @@ def _measure_all(bundle: Bundle, options: EngineOptions) -> tuple[Engine, int, s
     if works == 1:
         why = f"{first.runtime} is the only runtime that works here: {'; '.join(reasons)}; {why}"
     return best, first.threads, why
+
+
+def _bytes(bundle: Bundle) -> Iterator[int]:
+    for component in bundle.manifest.components.values():
+        if "float32" in component.graphs:
+            graph = component.graphs["float32"]
+            yield from (ref.bytes for ref in (graph.file, *graph.data))
 
 
 def _picture_ms(engine: Engine, bundle: Bundle) -> float:

@@ -146,3 +146,32 @@ def test_a_number_of_threads_that_was_asked_for_is_kept(
     costs["quick 4"] = 0.1 * MS
     choose(bundle, EngineOptions(threads=3))
     assert loaded == ["slow 3", "quick 3"]
+
+
+def test_large_bundles_are_never_in_memory_twice(
+    machine: tuple[Bundle, list[str], dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fastest is loaded again at the end."""
+    bundle, loaded, costs = machine
+    costs["slow"], costs["quick"] = 2 * MS, 9 * MS
+    monkeypatch.setattr(engines.choose, "ALONE_BYTES", -1)
+    alive = [0]
+    load = engines.choose.load_runtime
+
+    def counted(name: str, bundle: Bundle, options: EngineOptions) -> Engine:
+        assert alive[0] == 0
+        engine = load(name, bundle, options)
+        alive[0] += 1
+        close = engine.close
+
+        def closed() -> None:
+            alive[0] -= 1
+            close()
+
+        monkeypatch.setattr(engine, "close", closed)
+        return engine
+
+    monkeypatch.setattr(engines.choose, "load_runtime", counted)
+    assert choose(bundle, EngineOptions()).info.runtime == "slow"
+    assert loaded == ["slow", "quick", "slow"]
+    assert alive == [1]
