@@ -88,8 +88,8 @@ figures-engines: $(TEST)/.installed ## measure what docs/engines.md quotes, on a
 	$(BIN)/cdm-bench roofline --bundle cdm_serve/bundles/emoji --student $(RUNS)/emoji-cdm/student --batches 1,8 --threads 2 | tee $(RESULTS)/roofline-emoji.txt
 	$(BIN)/cdm-bench roofline --bundle $(SCALE)/75m-bundle --student $(SCALE)/75m --batches 1,4 --threads 2 | tee $(RESULTS)/roofline-75m.txt
 	$(BIN)/cdm-bench roofline --bundle $(SCALE)/medium-bundle --student $(SCALE)/medium --batches 1 --rounds 4 --threads 2 | tee $(RESULTS)/roofline-medium.txt
-	$(BIN)/cdm-bench rewrites --longcat 2 --size 512x512 --threads 2 --rounds 20 --work $(RUNS)/rewrites | tee $(RESULTS)/rewrites-2.txt
-	$(BIN)/cdm-bench rewrites --longcat 8 --size 512x512 --threads 2 --rounds 20 --work $(RUNS)/rewrites | tee $(RESULTS)/rewrites-8.txt
+	$(BIN)/cdm-bench rewrites --longcat 2 --size 512x512 --threads 2 --rounds 6 --work $(RUNS)/rewrites | tee $(RESULTS)/rewrites-2.txt
+	$(BIN)/cdm-bench rewrites --longcat 8 --size 512x512 --threads 2 --rounds 6 --work $(RUNS)/rewrites | tee $(RESULTS)/rewrites-8.txt
 	$(BIN)/cdm-bench student --bundle cdm_serve/bundles/emoji --threads 2 --rounds 20 | tee $(RESULTS)/student-emoji.txt
 	$(BIN)/cdm-bench student --bundle $(SCALE)/75m-bundle --threads 2 --rounds 5 | tee $(RESULTS)/student-75m.txt
 	$(BIN)/cdm-bench build --student $(RUNS)/emoji-cdm/student --runs 5 --threads 2 | tee $(RESULTS)/build-emoji.txt
