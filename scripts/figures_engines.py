@@ -39,7 +39,11 @@ def rows_of(*files: str, label: str = "") -> Callable[[], str]:
         missing = [file for file in files if not (RESULTS / file).is_file()]
         note = f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
         columns = list(dict.fromkeys(key for row in found for key in row))
-        lines = [columns, ["---"] * len(columns), *([_cell(row.get(name)) for name in columns] for row in found)]
+        lines = [
+            columns,
+            ["---"] * len(columns),
+            *([_cell(row.get(name)) for name in columns] for row in found),
+        ]
         return ("".join(f"| {' | '.join(line)} |\n" for line in lines) if found else "") + note
 
     return table

@@ -1,5 +1,6 @@
-"""Write the tables of README.md, docs/engines.md and docs/settings.md anew (`make readme`): settings from their classes, figures from
-benchmarks/results/ (`scripts/figures.py`).
+"""Write the tables of README.md and of docs/{settings,engines,observability}.md anew (`make readme`).
+
+Settings come from their classes, figures from benchmarks/results/ (`scripts/figures.py`, `scripts/figures_engines.py`).
 
 In the README, what stands between `<!-- settings:module:Class -->` and `<!-- /settings -->` is what `settings_table`
 says; docs/settings.md is made whole, one table per sub-command; docs/observability.md gets the metrics of
