@@ -1,8 +1,8 @@
 """OpenVINO on the CPU: the fastest runtime there, in bfloat16 where the CPU computes it natively.
 
 Every component is compiled once with a dynamic batch, and the denoiser once more for batches of 1, 2, 4, … pictures of
-the default size: a static shape takes an eighth to a fifth less time. Each holds its own copy of the weights, so there
-are as many as fit into `STATIC_BYTES`, the single picture first.
+the default size, then of the other sizes: a static shape takes an eighth to a fifth less time. Each holds its own copy
+of the weights, so there are as many as fit into a share of the machine's memory, the single picture first.
 
 Bfloat16 has 8 bits of mantissa: 1000·σ computed in it makes σ = 0.9 and 0.9015 the same time. The runtime has no way
 to keep chosen operations in float32, so the sines and cosines of σ are cut out of the denoiser into a small float32
@@ -24,18 +24,19 @@ from engines import processor
 from engines.base import EngineInfo, EngineOptions
 from engines.bundle import Bundle
 from engines.cache import CompiledCache, code_hash, graph_hashes, shapes_of
-from engines.errors import RuntimeUnavailable
+from engines.errors import RuntimeUnavailable, loading
 from engines.openvino_report import FusionReport, fusion_report
 from engines.rows import Array, HostEngine
 
 PRECISIONS = ("auto", "f32", "bf16")
-NATIVE_BF16 = {"amx_bf16", "avx512_bf16"}
-CPUINFO = Path("/proc/cpuinfo")
 
 TIME = "time"
 
-STATIC_BYTES = 1_000_000_000
-"""Weights that the denoiser's static shapes may hold together."""
+STATIC_SHARE = 1 / 12
+"""Share of the machine's memory that the weights of the denoiser's static shapes may take together."""
+
+STATIC_MOST = 8
+"""Static shapes at most: each is a compilation at a start without a cache."""
 
 Shape = tuple[int, ...]
 
@@ -116,13 +117,18 @@ class OpenVINOEngine(HostEngine):
         """x's that the denoiser is compiled for by themselves: what serving asks for most, as many as memory allows."""
         manifest, latent = self.manifest, self.manifest.latent
         graph = manifest.components["denoiser"].graphs["float32"]
-        room = STATIC_BYTES // sum(ref.bytes for ref in (graph.file, *graph.data))
+        # In bfloat16 as many bytes as the file's float16, in float32 twice as many.
+        one = sum(ref.bytes for ref in (graph.file, *graph.data)) * (2 if self._precision == "f32" else 1)
+        room = min(STATIC_MOST, int(STATIC_SHARE * processor.memory_bytes()) // one)
         largest = self._group or self._max_batch
         batches = [largest] if self._group else [1 << power for power in range(largest.bit_length())]
-        height, width = (
-            side // latent.downscale for side in (manifest.default_size.height, manifest.default_size.width)
-        )
-        return [(batch, latent.channels, height, width) for batch in batches[:room]]
+        others = [size for size in manifest.sizes if size != manifest.default_size]
+        wanted = [(batch, manifest.default_size) for batch in batches]
+        wanted += [(batch, size) for batch in batches for size in others]
+        return [
+            (batch, latent.channels, size.height // latent.downscale, size.width // latent.downscale)
+            for batch, size in wanted[:room]
+        ]
 
     def _load(self, name: str, shape: Shape | None = None) -> ov.InferRequest:
         """Component `name` (or `TIME`, the denoiser's float32 part), for any batch or for x of exactly `shape`."""
@@ -132,12 +138,13 @@ class OpenVINOEngine(HostEngine):
             compiled = self._core.compile_model(self._model(name, shape), "CPU", config)
             return compiled, compiled.export_model().getvalue() if self._cache.folder is not None else b""
 
-        compiled = self._cache.obtain(
-            f"{name}-{'x'.join(map(str, shape))}" if shape else name,
-            lambda blob: self._core.import_model(blob, "CPU", config),
-            build,
-        )
-        return compiled.create_infer_request()
+        with loading("openvino", name):
+            compiled = self._cache.obtain(
+                f"{name}-{'x'.join(map(str, shape))}" if shape else name,
+                lambda blob: self._core.import_model(blob, "CPU", config),
+                build,
+            )
+            return compiled.create_infer_request()
 
     def _config(self, precision: str) -> dict[str, Any]:
         config: dict[str, Any] = {
@@ -192,9 +199,14 @@ class OpenVINOEngine(HostEngine):
         return fixed
 
     def fusion_report(self, component: str) -> FusionReport:
-        """What became of `component` in the compiled graph."""
-        compiled = self._requests[component].get_compiled_model()
-        return fusion_report(compiled, self._core.read_model(self._graphs[component]))
+        """What became of `component`: of the denoiser's compiled graphs, in the worst."""
+        source = self._core.read_model(self._graphs[component])
+        static = self._static.values() if component == "denoiser" else ()
+        reports = [
+            fusion_report(request.get_compiled_model(), source)
+            for request in (*static, self._requests[component])
+        ]
+        return min(reports, key=lambda report: report.attentions_fused)
 
     def close(self) -> None:
         """Free the compiled models."""
@@ -213,7 +225,7 @@ def core() -> ov.Core:
     return ov.Core()
 
 
-def choose_precision(asked: str, cpuinfo: Path = CPUINFO) -> str:
+def choose_precision(asked: str, cpuinfo: Path = processor.CPUINFO) -> str:
     """`f32` or `bf16`. `auto` is bf16 on a CPU with AMX-BF16 or AVX512-BF16; emulated, it is slower than f32.
 
     Raises:
@@ -223,11 +235,7 @@ def choose_precision(asked: str, cpuinfo: Path = CPUINFO) -> str:
         raise RuntimeUnavailable(f"precision={asked!r} is not one of openvino's: {', '.join(PRECISIONS)}")
     if asked != "auto":
         return asked
-    try:
-        flags = set(cpuinfo.read_text(encoding="utf-8").split())
-    except OSError:  # not Linux
-        flags = set()
-    return "bf16" if flags & NATIVE_BF16 else "f32"
+    return "bf16" if processor.has_bf16(cpuinfo) else "f32"
 
 
 def cut_time(model: ov.Model) -> ov.Model | None:
