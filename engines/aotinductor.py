@@ -128,6 +128,7 @@ def _packages(root: Path | None, key: dict[str, Any]) -> list[str]:
     `key` is what there is: its versions.
     """
     found = {name: _version(name) for name in (*CLASSES, *COMPILERS)}
+    here = [f"{name} {version}" for name, version in found.items()]
     if root is not None and any(found[name] is None for name in CLASSES):
         wanted = json.loads(json.dumps({"runtime": AOTInductorEngine.runtime, **key}))
         for path in sorted(root.glob(f"{AOTInductorEngine.runtime}-*/key.json"), key=_written, reverse=True):
@@ -142,9 +143,9 @@ def _packages(root: Path | None, key: dict[str, Any]) -> list[str]:
                 TypeError,
             ):  # damaged: compiled anew where that can be
                 continue
-            if stored == wanted:
+            if stored == wanted and packages != here:  # which has nothing in it
                 return packages
-    return [f"{name} {version}" for name, version in found.items()]
+    return here
 
 
 def _version(package: str) -> str | None:

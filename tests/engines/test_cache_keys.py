@@ -249,6 +249,9 @@ def test_where_those_packages_are_not_installed_what_a_machine_that_has_them_mad
         "diffusers None", "transformers None", "triton None",
     ]  # fmt: skip
     CompiledCache.open(tmp_path, **made)
+    CompiledCache.open(
+        tmp_path, **key("aotinductor", bundle, tmp_path / "elsewhere")
+    )  # a start that found nothing
     other = CompiledCache.open(tmp_path, **{**made, "threads": 2, "packages": ["of another key"]})
     damaged = CompiledCache.open(tmp_path, **{**made, "packages": ["damaged"]})
     assert other.folder is not None
