@@ -293,8 +293,8 @@ def _allowed(info: FieldInfo) -> str:
     if get_origin(info.annotation) is Literal:
         return f"(one of {', '.join(map(str, get_args(info.annotation)))})"
     for item in info.metadata:
-        if isinstance(item, WithJsonSchema) and "enum" in (item.json_schema or {}):
-            return f"(one of {', '.join(item.json_schema['enum'])})"
+        if isinstance(item, WithJsonSchema) and (choices := (item.json_schema or {}).get("enum")):
+            return f"(one of {', '.join(choices)})"
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "multiple_of": "multiple of"}
     bounds = [
         f"{sign} {getattr(item, key)}"
