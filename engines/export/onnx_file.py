@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from engines.bundle import DType, Graph, Precision, TensorSpec, file_ref
 from engines.errors import ExportError
+from engines.export.attention import TRANSLATIONS
 
 OPSET: dict[Precision, int] = {"float32": 20, "bfloat16": 23}
 """20 is the newest that every CPU runtime here runs in float32 without decomposing what it just composed; 23 has
@@ -76,6 +77,7 @@ def to_onnx(module: GraphModule, example: dict[str, Tensor], opset: int) -> ir.M
                 dynamic_shapes=_shapes(module, positional),
                 input_names=list(module.inputs),
                 output_names=list(module.outputs),
+                custom_translation_table=TRANSLATIONS if opset == OPSET["float32"] else None,
                 external_data=False,
                 verbose=False,
                 optimize=False,  # it would copy every weight that a product takes transposed

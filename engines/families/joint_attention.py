@@ -41,38 +41,42 @@ class JointAttention:
         text_weight: int = 1,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         assert attention_mask is None, "SD3 masks nothing"
-        query, key, value = _project(attn, hidden_states, IMAGE)
+        pixels = _project(attn, hidden_states, IMAGE)
         if encoder_hidden_states is None:
-            return _output(attn, _attend(query, key, value))
-        text_query, text_key, text_value = _project(attn, encoder_hidden_states, TEXT)
-        key = torch.cat([key, *_repeat_last(text_key, text_weight)], dim=2)
-        value = torch.cat([value, *_repeat_last(text_value, text_weight)], dim=2)
+            return _output(attn, _attend(*pixels))
+        words = _project(attn, encoder_hidden_states, TEXT)
+        query, key, value = (
+            torch.cat([image, *_repeat_last(text, weight)], dim=1)
+            for image, text, weight in zip(pixels, words, (1, text_weight, text_weight), strict=True)
+        )
         if attn.context_pre_only:  # the last block: nobody reads what text would learn from attention
-            return _output(attn, _attend(query, key, value)), None
-        joint_BLD = _attend(torch.cat([query, text_query], dim=2), key, value)
-        pixels, words = torch.split(
+            return _output(attn, _attend(pixels[0], key, value)), None
+        joint_BLD = _attend(query, key, value)
+        from_pixels, from_words = torch.split(
             joint_BLD, [hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1
         )
-        return _output(attn, pixels), attn.to_add_out(words)
+        return _output(attn, from_pixels), attn.to_add_out(from_words)
 
 
 def _repeat_last(tokens: Tensor, weight: int) -> tuple[Tensor, ...]:
-    """`(B, heads, L, D)`, and its last token so often that it is there `weight` times in all."""
-    return (tokens, tokens[:, :, -1:].expand(-1, -1, weight - 1, -1)) if weight > 1 else (tokens,)
+    """`(B, L, heads, D)`, and its last token so often that it is there `weight` times in all."""
+    return (tokens, tokens[:, -1:].expand(-1, weight - 1, -1, -1)) if weight > 1 else (tokens,)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Of `(B, L, heads, D)`: turned only here, where compilers take the turning into the attention."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def _project(attn: Attention, states: Tensor, names: Projections) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v `(B, heads, L, D)`, normed where the model does (SD3.5)."""
+    """q, k, v `(B, L, heads, D)`, normed where the model does (SD3.5)."""
     fused, separate, (norm_q, norm_k) = names
     if attn.fused_projections:
         projected = getattr(attn, fused)(states).chunk(3, dim=-1)
     else:
         projected = tuple(getattr(attn, name)(states) for name in separate)
-    query, key, value = (torch.unflatten(tensor, 2, (attn.heads, -1)).transpose(1, 2) for tensor in projected)
+    query, key, value = (torch.unflatten(tensor, 2, (attn.heads, -1)) for tensor in projected)
     return _normed(getattr(attn, norm_q), query), _normed(getattr(attn, norm_k), key), value
 
 
