@@ -130,7 +130,7 @@ def judge(
     if not report.attentions:
         if component == "denoiser" and not tolerance.unfused:
             raise ExportError(
-                f"denoiser on {runtime} {precision}: no attention was recognised in its graph, so that nothing is known "
+                f"denoiser on {runtime} {precision}: no attention was recognised in its graph, so nothing is known "
                 "of its fusion; export with --allow-unfused to write it all the same"
             )
         return []
