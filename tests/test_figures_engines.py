@@ -1,4 +1,4 @@
-"""What docs/engines.md quotes was measured by the commands of `make figures-engines`, and goals are judged by the numbers."""
+"""What docs/engines.md quotes was measured by the commands of `make figures-engines`; goals are judged by numbers."""
 
 from __future__ import annotations
 
