@@ -68,11 +68,10 @@ def step_goals(*files: str) -> str:
         document = _result(file)
         for batch in dict.fromkeys(row["batch"] for row in document["rows"]):
             found = {row["contender"]: row for row in document["rows"] if row["batch"] == batch}
+            ratios = [(found.get(name, {}).get("step, to ours"), goal) for name, goal in STEP_GOALS]
             verdicts = [
-                f"{ratio:.2f}, {'met' if (ratio := found[name]['step, to ours']) >= goal else 'missed'}"
-                if name in found
-                else ""
-                for name, goal in STEP_GOALS
+                "" if ratio is None else f"{ratio:.2f}, {'met' if ratio >= goal else 'missed'}"
+                for ratio, goal in ratios
             ]
             lines.append([document["bundle"], str(batch), *verdicts])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -93,7 +92,23 @@ def differences(*files: str) -> str:
     return "".join(lines)
 
 
+def products(*files: str) -> str:
+    """The matrix products beside which denoisers are put, each by itself."""
+    header = ["run", "rows × inner × columns", "ms", "GFLOP/s"]
+    lines = [header, ["---"] * len(header)]
+    for file in files:
+        if not (RESULTS / file).is_file():
+            continue
+        document = _result(file)
+        for shape, speed in document["products"].items():
+            rows, inner, columns = map(int, shape.split("x"))
+            took = 2 * rows * inner * columns / (speed * 1e6)
+            lines.append([document["bundle"], f"{rows} × {inner} × {columns}", f"{took:.3g}", f"{speed:.0f}"])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "products": partial(products, "roofline-75m.txt"),
     "step_goals": partial(step_goals, "steps-emoji.txt", "steps-75m.txt", "steps-medium.txt"),
     "differences": partial(differences, "steps-emoji.txt", "steps-75m.txt"),
     "steps_emoji": rows_of("steps-emoji.txt"),
