@@ -27,16 +27,26 @@ SEED = 1
 REFERENCE_RUNTIME = "onnxruntime:f32"
 """What the export itself holds to torch; every other runtime is examined afterwards, by itself."""
 
+LONGCAT = "longcat"
+"""The scale that is another family's; all others are SD3's."""
+
+LONGCAT_LAYERS = 8
+"""Of LongCat-Image's 30 blocks, as wide as `benchmarks/random_longcat.py` makes them."""
+
 STATUS = Path("/proc/self/status")
 
 
 def build_student(folder: str, scale: str) -> dict[str, Any]:
-    """An SD3 of random weights."""
+    """A model of random weights: an SD3 of `scale`, or a LongCat-Image."""
+    from benchmarks.random_longcat import build_random_longcat
     from benchmarks.random_sd3 import build_random_sd3
 
     began = time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)
-    build_random_sd3(Path(folder), scale)
+    if scale == LONGCAT:
+        build_random_longcat(Path(folder), LONGCAT_LAYERS)
+    else:
+        build_random_sd3(Path(folder), scale)
     return {"s": round(time.perf_counter() - began, 1), "MB": _megabytes(Path(folder)), "peak MB": peak_mb()}
 
 

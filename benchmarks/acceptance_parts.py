@@ -100,7 +100,7 @@ def examine_runtimes(report: Acceptance, start: Start, task: Task, chosen: Seque
     compared = {"batches": PROBES, "steps": task.steps}
     try:
         if task.student is None:
-            what = f"student: SD3 of random weights, {task.scale}"
+            what = f"student: random weights, {task.scale}"
             row(what, "student", folder=str(student), scale=task.scale)
         else:
             report.add("export", f"student: {task.student}")

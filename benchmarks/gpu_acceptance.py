@@ -43,8 +43,10 @@ class GpuAcceptanceSettings(CommandSettings, env_prefix="CDM_BENCH_GPU_ACCEPTANC
     only: list[str] = Field(
         [], description=f"parts and runtimes, of {KERNELS}, {EXPORT}, {', '.join(CONTENDERS)}; empty: all"
     )
-    student: Path | None = Field(None, description="diffusers folder; none builds an SD3 of random weights")
-    size: Literal["tiny", "75m", "medium"] = Field("75m", description="scale of that SD3 of random weights")
+    student: Path | None = Field(None, description="diffusers folder; none builds a model of random weights")
+    size: Literal["tiny", "75m", "medium", "longcat"] = Field(
+        "75m", description="scale of that model: an SD3, or a LongCat-Image of 8 blocks"
+    )
     sizes: list[str] = Field(
         [], description="picture sizes WxH, default first; empty: the model's own and half of it"
     )

@@ -1,8 +1,9 @@
 """`cdm-bench roofline`: how much of the machine the denoiser uses, and where the rest goes.
 
-Achieved FLOP/s of one step over the best matrix product of the same precision, measured in alternation in one run;
-then the executed nodes by the time they take. FLOPs are those of matrix products, convolutions and attention, counted
-on torch's own operations for the same shapes.
+Achieved FLOP/s of one step over the best matrix product of the same precision, measured in turns in one run; then the
+executed nodes by the time they take. A step's time is the whole call's, a product's that of its node alone: without
+the copies and conversions around it, which a network does not have at each product. FLOPs are those of matrix products,
+convolutions and attention, counted on torch's own operations for the same shapes.
 
     cdm-bench roofline --bundle bundles/emoji --student runs/emoji-cdm/student --batches 1,8 --threads 2
 """
@@ -10,9 +11,9 @@ on torch's own operations for the same shapes.
 from __future__ import annotations
 
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,30 @@ from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import show
+from benchmarks.turns import take_turns
 from engines.base import EngineOptions
 from engines.bundle import Manifest, load_bundle
 from engines.cli import CommandSettings, UsageError
 from engines.families.base import Family, FamilyError, load_family
 from engines.openvino import OpenVINOEngine, core
 
-SIZES = ((512, 512, 512), (1024, 1024, 1024), (256, 1536, 6144), (1024, 1536, 6144), (4096, 1024, 1024))
-"""Matrix products tried: rows, inner, columns."""
+SIZES = (
+    (1, 1536, 9216),
+    (8, 1536, 9216),
+    (512, 512, 512),
+    (1024, 1024, 1024),
+    (256, 1536, 6144),
+    (1024, 1536, 4608),
+    (1024, 1536, 6144),
+    (1024, 6144, 1536),
+    (4096, 1024, 1024),
+    (4096, 4096, 4096),
+)
+"""Matrix products tried: rows, inner, columns. A modulation of one and of eight pictures, small, large, and those of
+SD3-Medium's layers."""
+
+
+Shape = tuple[int, int, int]
 
 
 class RooflineSettings(CommandSettings, env_prefix="CDM_BENCH_ROOFLINE_"):
@@ -58,24 +75,15 @@ def run(settings: RooflineSettings) -> int:
         EngineOptions("openvino", settings.precision, settings.threads, max_batch=max(settings.batches)),
     )
     inputs = {batch: denoiser_inputs(bundle.manifest, batch) for batch in settings.batches}
-    products = [matrix_product(shape, engine.info.precision, settings.threads) for shape in SIZES]
-    calls: list[Callable[[], object]] = [
-        *(lambda batch=batch: engine.run("denoiser", inputs[batch]) for batch in settings.batches),
-        *products,
-    ]
-    for call in calls:
-        call()
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(settings.rounds):
-        for index, call in enumerate(calls):
-            began = time.perf_counter()
-            call()
-            times[index].append(time.perf_counter() - began)
-    seconds = [statistics.median(series) for series in times]
-    steps, peaks = seconds[: len(settings.batches)], seconds[len(settings.batches) :]
-    best = max(2.0 * np.prod(shape) / took for shape, took in zip(SIZES, peaks, strict=True))
+    products = {shape: Product(shape, engine.info.precision, settings.threads) for shape in SIZES}
+    steps = {batch: partial(engine.run, "denoiser", inputs[batch]) for batch in settings.batches}
+    calls: dict[int | Shape, Callable[[], object]] = {**steps, **products}
+    times = take_turns(calls, settings.rounds)
+    speeds = {shape: 2.0 * np.prod(shape) / product.seconds() for shape, product in products.items()}
+    best = max(speeds.values())
     rows = []
-    for batch, took in zip(settings.batches, steps, strict=True):
+    for batch in settings.batches:
+        took = statistics.median(times[batch]) / 1000
         count = flops(family, bundle.manifest, batch)
         rows.append(
             {
@@ -96,6 +104,7 @@ def run(settings: RooflineSettings) -> int:
         precision=engine.info.precision,
         threads=engine.info.threads,
         size=bundle.manifest.default_size.model_dump(),
+        products={"x".join(map(str, shape)): round(speed / 1e9, 1) for shape, speed in speeds.items()},
         nodes_percent={batch: profile(engine, feeds[batch]) for batch in settings.batches},
     )
     return 0
@@ -131,18 +140,39 @@ def flops(family: Family, manifest: Manifest, batch: int) -> int:
     return int(counter.get_total_flops())
 
 
-def matrix_product(shape: tuple[int, int, int], precision: str, threads: int) -> Callable[[], object]:
-    """x·W with a constant W, as a network has it, compiled by OpenVINO."""
-    rows, inner, columns = shape
-    weights = np.random.default_rng(1).standard_normal((inner, columns), dtype=np.float32)
-    x = ops.parameter([rows, inner], name="x", dtype=ov.Type.f32)
-    model = ov.Model([ops.matmul(x, ops.constant(weights), False, False)], [x], "product")
-    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1}
-    if threads:
-        config["INFERENCE_NUM_THREADS"] = threads
-    request = core().compile_model(model, "CPU", config).create_infer_request()
-    values = np.random.default_rng(2).standard_normal((rows, inner), dtype=np.float32)
-    return lambda: request.infer([values])
+class Product:
+    """x·W with a constant W, as a network has it, compiled by OpenVINO. A call is one product."""
+
+    def __init__(self, shape: Shape, precision: str, threads: int) -> None:
+        rows, inner, columns = shape
+        weights = np.random.default_rng(1).standard_normal((inner, columns), dtype=np.float32)
+        x = ops.parameter([rows, inner], name="x", dtype=ov.Type.f32)
+        model = ov.Model([ops.matmul(x, ops.constant(weights), False, False)], [x], "product")
+        config: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "PERF_COUNT": True,
+        }
+        if threads:
+            config["INFERENCE_NUM_THREADS"] = threads
+        self._request = core().compile_model(model, "CPU", config).create_infer_request()
+        self._values = np.random.default_rng(2).standard_normal((rows, inner), dtype=np.float32)
+        self._seconds: list[float] = []
+
+    def __call__(self) -> None:
+        self._request.infer([self._values], share_inputs=True, share_outputs=True)
+        took = [
+            node.real_time.total_seconds()
+            for node in self._request.profiling_info
+            if node.node_type in ("FullyConnected", "MatMul")
+        ]
+        assert len(took) == 1, took
+        self._seconds += took
+
+    def seconds(self) -> float:
+        """Median time of the product's node, the first call left out."""
+        return statistics.median(self._seconds[1:])
 
 
 def profile(engine: OpenVINOEngine, feed: Mapping[str, NDArray[Any]], rounds: int = 5) -> dict[str, float]:

@@ -226,15 +226,15 @@ def _engine(runtime: str, precision: str) -> Load:
         def peer(workload: Workload) -> Peer:
             rows, sigmas = workload.batch, bundle.manifest.sigmas(workload.steps)
             start = workload.noise(latent.channels, latent.downscale)
-            tokens = [engine.tokenize(workload.prompt)] * rows
-            conditioning = engine.encode(tokens)
+            tokens = engine.tokenize(workload.prompt)
+            conditioning = engine.encode([tokens]) * rows
             samples = [engine.put(noise) for noise in start]
 
             def step() -> None:
                 engine.denoise(samples, [sigmas[0]] * rows, [sigmas[1]] * rows, conditioning)
 
             def picture() -> NDArray[np.uint8]:
-                text = engine.encode(tokens)
+                text = engine.encode([tokens]) * rows  # once, as a server and the peers do
                 x = [engine.put(noise) for noise in start]
                 for sigma, sigma_next in pairwise(sigmas):
                     x, _ = engine.denoise(x, [sigma] * rows, [sigma_next] * rows, text)

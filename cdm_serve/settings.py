@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, model_validator
 
-from engines.base import EngineOptions
+from engines.base import RUNTIMES, EngineOptions
 from engines.cli import CommandSettings
 
 # JPEG keeps EXIF in one 64 KiB segment, and a character of the prompt may take 12 bytes there ("\ud83d\ude00").
@@ -17,6 +17,19 @@ Prompt = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/\s]+)$")]
 Endpoint = Annotated[str, StringConstraints(pattern=r"^https?://[^/\s?#]+(/[^\s?#]*)?$")]
 Function = Annotated[str, StringConstraints(pattern=r"^\w+(\.\w+)*:\w+$")]
+
+
+def _is_a_runtime(value: str) -> str:
+    if value != "auto" and value not in RUNTIMES:
+        raise ValueError(f"no such runtime; there are auto, {', '.join(RUNTIMES)}")
+    return value
+
+
+Runtime = Annotated[
+    str,
+    AfterValidator(_is_a_runtime),
+    WithJsonSchema({"type": "string", "enum": ["auto", *RUNTIMES]}),
+]
 
 
 def default_bundle() -> Path:
@@ -30,21 +43,10 @@ class ServeSettings(CommandSettings, env_prefix="CDM_SERVE_"):
     bundle: tuple[Path, ...] = Field(
         (), description="folders of exported models, the default first; none: the bundled model"
     )
-    engine: Literal[
+    engine: Runtime = Field(
         "auto",
-        "openvino",
-        "onnxruntime",
-        "tensorrt-rtx",
-        "tensorrt",
-        "torch",
-        "aotinductor",
-        "triton",
-        "triton-cuda",
-        "fake",
-    ] = Field(
-        "auto",
-        description="runtime that runs the bundle; auto: the faster of openvino and onnxruntime, measured; fake needs "
-        "no bundle and paints colour fields",
+        description="runtime that runs the bundle; auto: the fastest here, measured, of openvino and onnxruntime, and "
+        "with a GPU of tensorrt-rtx, tensorrt, aotinductor and torch; fake needs no bundle and paints colour fields",
     )
     precision: str = Field("auto", description="arithmetic of the runtime; auto: the runtime's best here")
     threads: int = Field(0, ge=0, le=1024, description="threads of the runtime; 0: the runtime chooses")

@@ -11,7 +11,9 @@ tests.
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
+import json
 import logging
 from collections.abc import Sequence
 from functools import cache, partial
@@ -42,6 +44,13 @@ SOURCES = (
 """What decides what is compiled of a model: change any of it, and it is compiled anew."""
 
 
+CLASSES = ("diffusers", "transformers")
+"""Packages whose own classes are what is compiled; without them nothing can be."""
+
+COMPILERS = ("triton",)
+"""Packages besides torch that make machine code of it; on a machine without a GPU there is none."""
+
+
 class AOTInductorEngine(TorchRows):
     """A bundle with the model's own weights (`cdm-export --weights`) as AOTInductor packages.
 
@@ -54,19 +63,19 @@ class AOTInductorEngine(TorchRows):
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         super().__init__(bundle, options)
         self._bundle, self._fused = bundle, options.fused_kernels
-        self._cache = CompiledCache.open(
-            options.cache_dir,
-            self.runtime,
-            model=[ref.sha256 for ref in self.manifest.model],
-            shapes=shapes_of(self.manifest),
-            code=_code(),
-            version=f"{torch.__version__} CUDA {torch.version.cuda}",
-            device=self.info.device,
-            capability=self._capability(),
-            precision=self.info.precision,
-            kernels=self._kernels,
-            threads=self.info.threads,  # their number is compiled in
-        )
+        key: dict[str, Any] = {
+            "model": [ref.sha256 for ref in self.manifest.model],
+            "shapes": shapes_of(self.manifest),
+            "code": _code(),
+            "version": f"{torch.__version__} CUDA {torch.version.cuda}",
+            "device": self.info.device,
+            "capability": self._capability(),
+            "precision": self.info.precision,
+            "kernels": self._kernels,
+            "threads": self.info.threads,  # their number is compiled in
+        }
+        packages = _packages(options.cache_dir, key)
+        self._cache = CompiledCache.open(options.cache_dir, self.runtime, packages=packages, **key)
         self._packages = {name: self._load(name) for name in self.manifest.components}
         self.cache_folder = self._cache.folder
 
@@ -110,6 +119,47 @@ class AOTInductorEngine(TorchRows):
         """Free the packages."""
         self._packages.clear()
         super().close()
+
+
+def _packages(root: Path | None, key: dict[str, Any]) -> list[str]:
+    """Versions of `CLASSES` and `COMPILERS`, for the key.
+
+    Where `CLASSES` are not installed nothing can be compiled, and what a machine that has them made last of the same
+    `key` is what there is: its versions.
+    """
+    found = {name: _version(name) for name in (*CLASSES, *COMPILERS)}
+    here = [f"{name} {version}" for name, version in found.items()]
+    if root is not None and any(found[name] is None for name in CLASSES):
+        wanted = json.loads(json.dumps({"runtime": AOTInductorEngine.runtime, **key}))
+        for path in sorted(root.glob(f"{AOTInductorEngine.runtime}-*/key.json"), key=_written, reverse=True):
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                packages: list[str] = stored.pop("packages")
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                AttributeError,
+                TypeError,
+            ):  # damaged: compiled anew where that can be
+                continue
+            if stored == wanted and packages != here:  # which has nothing in it
+                return packages
+    return here
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _written(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # somebody empties the cache
+        return 0
 
 
 @cache

@@ -155,11 +155,14 @@ ONLY_FOR = {
 """Options that mean something to these runtimes alone."""
 
 AUTO = ("openvino", "onnxruntime")
-"""What `auto` chooses from; the others want something that only their user can say."""
+"""What `auto` chooses from on every machine."""
+
+AUTO_GPU = ("tensorrt-rtx", "tensorrt", "aotinductor", "torch")
+"""What it measures besides where there is an NVIDIA GPU. The others want something that only their user can say."""
 
 
 def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
-    """Load `bundle` on the asked-for runtime (`auto`: the fastest here of `AUTO`, measured).
+    """Load `bundle` on the asked-for runtime (`auto`: the fastest here of `AUTO` and `AUTO_GPU`, measured).
 
     Raises:
         RuntimeUnavailable: no such runtime, or its packages are missing here.

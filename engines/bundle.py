@@ -73,6 +73,20 @@ class Parity(_Strict):
     rel_l2: float = Field(ge=0)
 
 
+class Fusion(_Strict):
+    """What a runtime's compiler made of a component's attentions, and of the rest in its own words.
+
+    `fell_apart` of them could be one kernel and are not. `target`: the compute capability where none was here.
+    """
+
+    runtime: str
+    precision: str
+    target: str = ""
+    attentions: int = Field(ge=1)
+    fell_apart: int = Field(ge=0)
+    report: str
+
+
 class PictureParity(_Strict):
     """Whole pictures, from token ids and noise to pixels, against float32 torch with the original weights.
 
@@ -127,6 +141,7 @@ class Component(_Strict):
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     parity: tuple[Parity, ...] = Field(min_length=1)
+    fusions: tuple[Fusion, ...] = ()
 
 
 class Tokenizer(_Strict):

@@ -121,12 +121,12 @@ class CompiledCache:
     def store(self, name: str, body: bytes) -> None:
         """Keep `body` as `name`; two servers that store the same name at once both leave a whole file."""
         if self.folder is not None:
-            self._write(self.folder / f"{name}.blob", hashlib.sha256(body).digest() + body)
+            self._write(self.folder / f"{name}.blob", hashlib.sha256(body).digest(), body)
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path, *parts: bytes) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, data)
+            write_atomically(path, *parts)
         except OSError as error:
             if not self._unwritten:
                 log.warning(

@@ -1,12 +1,13 @@
 """`--engine auto`: whichever runtime makes this bundle's picture fastest on this machine, measured.
 
     engine = choose(bundle, EngineOptions("auto", cache_dir=cache))
-    engine.info.why       # "openvino bf16 makes a 4-step picture in 21 ms, onnxruntime f32 in 61 ms"
+    engine.info.why       # "openvino bf16 makes a picture of 4 steps in 21 ms, onnxruntime f32 in 61 ms"
 
-Where the number of threads is left to the runtime, that runtime is measured with half the processors, too: two hardware
-threads of one core often get in each other's way. (Streams are no choice: a server's calls come one after another, and
-one stream has all threads.) The verdict is kept in the cache folder, for exactly this model, machine, thread count and
-these versions.
+Where there is an NVIDIA GPU, its runtimes are measured, too: their first start compiles, which takes minutes. Where the
+number of threads is left to a CPU's runtime, that is measured with half the processors as well: two hardware threads
+of one core often get in each other's way. (Streams are no choice: a server's calls come one after another, and one
+stream has all threads.) The verdict is kept in the cache folder, for exactly this model, machine, thread count, code
+and versions.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -23,9 +22,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from engines.base import AUTO, Engine, EngineOptions, load_runtime
+from engines import processor
+from engines.base import AUTO, AUTO_GPU, Engine, EngineOptions, load_runtime
 from engines.bundle import Bundle
-from engines.cache import CompiledCache, graph_hashes
+from engines.cache import CompiledCache, code_hash, graph_hashes
 from engines.errors import EngineError, RuntimeUnavailable
 from engines.noise import noise
 
@@ -43,6 +43,9 @@ ALONE_BYTES = 1_000_000_000
 
 VERDICT = "fastest"
 
+PACKAGES = ("openvino", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt", "torch")
+"""Distributions whose versions make a verdict another."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -59,7 +62,7 @@ class Measured:
 
 
 def choose(bundle: Bundle, options: EngineOptions) -> Engine:
-    """Load `bundle` on the fastest runtime of `AUTO` that works here. Where only one does, nothing is measured.
+    """Load `bundle` on the fastest runtime of `AUTO` that works here, with a GPU: and of `AUTO_GPU`.
 
     Raises:
         RuntimeUnavailable: none works, with each one's reason.
@@ -69,7 +72,7 @@ def choose(bundle: Bundle, options: EngineOptions) -> Engine:
         verdict = json.loads(kept)
         try:
             engine = load_runtime(
-                verdict["runtime"], bundle, replace(options, threads=int(verdict["threads"]))
+                verdict["runtime"], bundle, _with_threads(options, verdict["runtime"], verdict["threads"])
             )
         except RuntimeUnavailable as error:
             log.warning(
@@ -81,6 +84,11 @@ def choose(bundle: Bundle, options: EngineOptions) -> Engine:
     verdict = {"runtime": best.info.runtime, "threads": threads, "why": why}
     cache.store(VERDICT, json.dumps(verdict).encode())
     return _because(best, why)
+
+
+def _with_threads(options: EngineOptions, name: str, threads: int = 0) -> EngineOptions:
+    """`threads`, or else what was asked for, which means the CPU's: runtimes of GPUs refuse a number."""
+    return replace(options, threads=0 if name in AUTO_GPU else threads or options.threads)
 
 
 def _because(engine: Engine, why: str) -> Engine:
@@ -99,19 +107,18 @@ def _measure_all(bundle: Bundle, options: EngineOptions) -> tuple[Engine, int, s
     measured: list[Measured] = []
     reasons: list[str] = []
 
-    def measure(name: str, threads: int) -> None:
+    def measure(name: str, threads: int = 0) -> None:
         nonlocal best
         if alone and best is not None:
             best.close()
             best = None
         try:
-            engine = load_runtime(name, bundle, replace(options, threads=threads))
+            engine = load_runtime(name, bundle, _with_threads(options, name, threads))
         except RuntimeUnavailable as error:
             reasons.append(str(error))
             return
         try:
-            chosen = threads if threads != options.threads else 0
-            found = Measured(name, engine.info.precision, _picture_ms(engine, bundle), chosen)
+            found = Measured(name, engine.info.precision, _picture_ms(engine, bundle), threads)
         except EngineError as error:
             reasons.append(f"{name} fails: {error}")
             engine.close()
@@ -126,16 +133,16 @@ def _measure_all(bundle: Bundle, options: EngineOptions) -> tuple[Engine, int, s
         else:
             engine.close()
 
-    for name in AUTO:
-        measure(name, options.threads)
+    for name in (*(AUTO_GPU if processor.gpus() else ()), *AUTO):
+        measure(name)
     if not measured:
         raise RuntimeUnavailable("no runtime works here: " + "; ".join(reasons))
     works = len(measured)
-    if options.threads == 0 and (half := _processors() // 2):
+    if options.threads == 0 and measured[0].runtime in AUTO and (half := processor.available() // 2):
         measure(measured[0].runtime, half)
     first, *rest = measured
     if best is None:
-        best = load_runtime(first.runtime, bundle, replace(options, threads=first.threads or options.threads))
+        best = load_runtime(first.runtime, bundle, _with_threads(options, first.runtime, first.threads))
     steps = bundle.manifest.default_steps
     others = sorted(rest, key=lambda item: item.picture_ms)
     why = ", ".join(
@@ -174,19 +181,14 @@ def _key(bundle: Bundle, options: EngineOptions) -> dict[str, str | int | list[s
     return {
         "model": graph_hashes(bundle.manifest),
         "sizes": [f"{size.width}x{size.height}" for size in bundle.manifest.sizes],
-        "versions": [f"{name} {_version(name)}" for name in AUTO],
-        "machine": _processor(),
+        "versions": [f"{name} {_version(name)}" for name in PACKAGES],
+        "code": code_hash(*(str(path) for path in Path(__file__).parent.glob("*.py"))),
+        "machine": [processor.name(), *processor.gpus()],
+        "processors": processor.available(),
         "precision": options.precision,
         "threads": options.threads,
         "invariant_batch": options.invariant_batch,
     }
-
-
-def _processors() -> int:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _version(distribution: str) -> str:
@@ -194,13 +196,3 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "none"
-
-
-def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What tells machines apart as far as speed goes."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return f"{platform.machine()} {platform.processor()}"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{platform.machine()} {len(names)} x {names[0] if names else 'unknown'}"

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePath
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import ValidationError, WithJsonSchema
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -292,6 +292,9 @@ def _allowed(info: FieldInfo) -> str:
     """What a field takes, from its type and bounds: `(one of png, jpeg)`, `(≥ 1, ≤ 8)`."""
     if get_origin(info.annotation) is Literal:
         return f"(one of {', '.join(map(str, get_args(info.annotation)))})"
+    for item in info.metadata:
+        if isinstance(item, WithJsonSchema) and (choices := (item.json_schema or {}).get("enum")):
+            return f"(one of {', '.join(choices)})"
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "multiple_of": "multiple of"}
     bounds = [
         f"{sign} {getattr(item, key)}"

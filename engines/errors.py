@@ -10,6 +10,9 @@ EngineError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EngineError(Exception):
     """Base of every error that `engines` raises for a user's mistake or a failing device."""
@@ -33,3 +36,20 @@ class ExportError(EngineError):
 
 class ExecutionError(EngineError):
     """One engine call failed; the requests in that call fail, the process does not."""
+
+
+@contextmanager
+def loading(runtime: str, component: str) -> Iterator[None]:
+    """What the runtime's package raises becomes `RuntimeUnavailable`: the packages' errors share no base."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        # The last line: OpenVINO begins with the places in its source that an error went through.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1][:300] if lines else type(error).__name__
+        raise RuntimeUnavailable(
+            f"{runtime} cannot load the {component} here ({type(error).__name__}: {reason}); "
+            "choose another --engine or --precision"
+        ) from error

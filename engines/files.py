@@ -50,14 +50,16 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(path, text.encode())
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data`: whoever reads `path` finds the old bytes or the new ones, whole, whenever this is killed.
+def write_atomically(path: Path, *parts: bytes) -> None:
+    """Write `parts` in a row: whoever reads `path` finds the old bytes or the new, whole, whenever this is killed.
 
     The partial file's name is drawn, so that several writers of one path, on several machines even, do not mix theirs.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
-        partial.write_bytes(data)
+        with partial.open("wb") as file:
+            for part in parts:
+                file.write(part)
         _to_disk(partial)
         partial.replace(path)
     except BaseException:

@@ -1,7 +1,8 @@
 """ONNX Runtime: float32 on the CPU, the reference that every other runtime is compared with; int8 there on request.
 
-Where the installed build has the CUDA provider, it is used, and inputs and outputs are bound to the device. That
-path has never run where this project is developed: there is no GPU.
+Where the installed build has the CUDA provider, float32 uses it, with inputs and outputs bound to the device: rows come
+from the host and go back at every call, as no graph here batches rows that lie apart on a device (TensorRT and torch
+do). That path has never run where this project is developed: there is no GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import onnxruntime as ort
 from engines.base import EngineInfo, EngineOptions
 from engines.bundle import Bundle
 from engines.cache import CompiledCache, code_hash, graph_hashes
-from engines.errors import RuntimeUnavailable
+from engines.errors import RuntimeUnavailable, loading
 from engines.rows import Array, HostEngine
 
 log = logging.getLogger("engines.onnxruntime")
@@ -50,7 +51,8 @@ class OnnxRuntimeEngine(HostEngine):
                 f"cache_dir={options.cache_dir} means nothing to onnxruntime in f32, which has no compiled models to "
                 "keep; leave it out, or use the openvino runtime"
             )
-        self._cuda = CUDA in ort.get_available_providers()
+        # int8's products have kernels on the CPU alone.
+        self._cuda = CUDA in ort.get_available_providers() and precision != "int8"
         graphs: dict[str, Path | bytes] = {name: bundle.path(name) for name in bundle.manifest.components}
         if precision == "int8":
             graphs |= _quantized(bundle, options)
@@ -60,12 +62,12 @@ class OnnxRuntimeEngine(HostEngine):
         settings.log_severity_level = 3
         # By default the CUDA provider rounds the factors of float32 products to TF32's 10 bits.
         providers = [(CUDA, {"use_tf32": "0"}), CPU] if self._cuda else [CPU]
-        self._sessions = {
-            name: ort.InferenceSession(
-                graph if isinstance(graph, bytes) else str(graph), settings, providers=providers
-            )
-            for name, graph in graphs.items()
-        }
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        for name, graph in graphs.items():
+            with loading("onnxruntime", name):
+                self._sessions[name] = ort.InferenceSession(
+                    graph if isinstance(graph, bytes) else str(graph), settings, providers=providers
+                )
         if self._cuda and not all(CUDA in session.get_providers() for session in self._sessions.values()):
             self._cuda = (
                 False  # a build with CUDA takes the CPU without a word where CUDA's libraries are missing
@@ -93,7 +95,7 @@ class OnnxRuntimeEngine(HostEngine):
         names = [output.name for output in session.get_outputs()]
         if not self._cuda:
             return dict(zip(names, session.run(names, dict(inputs)), strict=True))
-        # Bound, so that nothing is copied to the host between the graph's own nodes, and outputs once at the end.
+        # Bound, so that each input goes up in one copy and outputs are allocated by the device, not by the host.
         binding = session.io_binding()
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0))

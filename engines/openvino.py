@@ -1,8 +1,7 @@
 """OpenVINO on the CPU: the fastest runtime there, in bfloat16 where the CPU computes it natively.
 
-Every component is compiled once with a dynamic batch, and the denoiser once more for batches of 1, 2, 4, … pictures of
-the default size: a static shape takes an eighth to a fifth less time. Each holds its own copy of the weights, so there
-are as many as fit into `STATIC_BYTES`, the single picture first.
+Every component is compiled once for any batch and size, and once more for each of those that serving asks for most
+(`engines/openvino_static.py`).
 
 Bfloat16 has 8 bits of mantissa: 1000·σ computed in it makes σ = 0.9 and 0.9015 the same time. The runtime has no way
 to keep chosen operations in float32, so the sines and cosines of σ are cut out of the denoiser into a small float32
@@ -24,20 +23,14 @@ from engines import processor
 from engines.base import EngineInfo, EngineOptions
 from engines.bundle import Bundle
 from engines.cache import CompiledCache, code_hash, graph_hashes, shapes_of
-from engines.errors import RuntimeUnavailable
+from engines.errors import RuntimeUnavailable, loading
 from engines.openvino_report import FusionReport, fusion_report
+from engines.openvino_static import Static, StaticRequest, static_of, worth_compiling
 from engines.rows import Array, HostEngine
 
 PRECISIONS = ("auto", "f32", "bf16")
-NATIVE_BF16 = {"amx_bf16", "avx512_bf16"}
-CPUINFO = Path("/proc/cpuinfo")
 
 TIME = "time"
-
-STATIC_BYTES = 1_000_000_000
-"""Weights that the denoiser's static shapes may hold together."""
-
-Shape = tuple[int, ...]
 
 
 class OpenVINOEngine(HostEngine):
@@ -65,7 +58,9 @@ class OpenVINOEngine(HostEngine):
             threads=options.threads,
         )
         self._requests = {component: self._load(component) for component in self._graphs}
-        self._static = {shape: self._load("denoiser", shape) for shape in self._static_shapes()}
+        weight = 4 if self._precision == "f32" else 2
+        wanted = worth_compiling(self.manifest, self._max_batch, self._group, weight)
+        self._static = {static: StaticRequest(self._load(static.component, static)) for static in wanted}
         needs_time = any(
             port.get_any_name().startswith(TIME) for port in self._requests["denoiser"].model_inputs
         )
@@ -89,13 +84,14 @@ class OpenVINOEngine(HostEngine):
         return ("bf16", "f32") if choose_precision("auto") == "bf16" else ("f32",)
 
     def run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        request = self._requests[component]
+        outputs = tuple(self.manifest.components[component].outputs)
         if component == "denoiser":
             inputs = self.with_time(inputs)
-            request = self._static.get(inputs["x"].shape, request)
-        results = request.infer(inputs, share_inputs=True)
-        # Not by `get_any_name`: of a tensor with several names, as T5's last product has, it may be another.
-        return {name: results[name] for name in self.manifest.components[component].outputs}
+        if (static := self._static.get(static_of(component, inputs))) is not None:
+            return static.run(inputs, outputs)
+        results = self._requests[component].infer(inputs, share_inputs=True)
+        # Not by `get_any_name`: of a tensor with several names, as T5's last product has it, it may be another.
+        return {name: results[name] for name in outputs}
 
     def with_time(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """The denoiser's inputs as its compiled graph takes them: where σ's waves were cut out, with those."""
@@ -112,32 +108,21 @@ class OpenVINOEngine(HostEngine):
         results = self._time.infer({"sigma": np.array([sigma], np.float32)})
         return tuple(results[port] for port in self._time.model_outputs)
 
-    def _static_shapes(self) -> list[Shape]:
-        """x's that the denoiser is compiled for by themselves: what serving asks for most, as many as memory allows."""
-        manifest, latent = self.manifest, self.manifest.latent
-        graph = manifest.components["denoiser"].graphs["float32"]
-        room = STATIC_BYTES // sum(ref.bytes for ref in (graph.file, *graph.data))
-        largest = self._group or self._max_batch
-        batches = [largest] if self._group else [1 << power for power in range(largest.bit_length())]
-        height, width = (
-            side // latent.downscale for side in (manifest.default_size.height, manifest.default_size.width)
-        )
-        return [(batch, latent.channels, height, width) for batch in batches[:room]]
-
-    def _load(self, name: str, shape: Shape | None = None) -> ov.InferRequest:
-        """Component `name` (or `TIME`, the denoiser's float32 part), for any batch or for x of exactly `shape`."""
+    def _load(self, name: str, static: Static | None = None) -> ov.InferRequest:
+        """Component `name` (or `TIME`, the denoiser's float32 part), for any batch and size or `static`'s."""
         config = self._config("f32" if name == TIME else self._precision)
 
         def build() -> tuple[ov.CompiledModel, bytes]:
-            compiled = self._core.compile_model(self._model(name, shape), "CPU", config)
+            compiled = self._core.compile_model(self._model(name, static), "CPU", config)
             return compiled, compiled.export_model().getvalue() if self._cache.folder is not None else b""
 
-        compiled = self._cache.obtain(
-            f"{name}-{'x'.join(map(str, shape))}" if shape else name,
-            lambda blob: self._core.import_model(blob, "CPU", config),
-            build,
-        )
-        return compiled.create_infer_request()
+        with loading("openvino", name):
+            compiled = self._cache.obtain(
+                static.name if static else name,
+                lambda blob: self._core.import_model(blob, "CPU", config),
+                build,
+            )
+            return compiled.create_infer_request()
 
     def _config(self, precision: str) -> dict[str, Any]:
         config: dict[str, Any] = {
@@ -156,7 +141,7 @@ class OpenVINOEngine(HostEngine):
         )
         return compiled.create_infer_request()
 
-    def _model(self, name: str, shape: Shape | None) -> ov.Model:
+    def _model(self, name: str, static: Static | None) -> ov.Model:
         component = "denoiser" if name == TIME else name
         if component not in self._read:
             self._read[component] = self._core.read_model(self._graphs[component])
@@ -166,18 +151,18 @@ class OpenVINOEngine(HostEngine):
             if name == TIME:
                 assert time is not None
                 return time
-        model.reshape(self._shapes(model, name, shape))
+        model.reshape(self._shapes(model, name, static))
         return model
 
-    def _shapes(self, model: ov.Model, component: str, shape: Shape | None) -> dict[str, list[int]]:
+    def _shapes(self, model: ov.Model, component: str, static: Static | None) -> dict[str, list[int]]:
         """Every input's dimensions, −1 where they vary: as few as serving allows, for each costs speed."""
         sizes, latent = self.manifest.sizes, self.manifest.latent
         known: dict[str, int] = dict(self.manifest.text_lengths)
+        sides = static.sides if static else None
         if len(sizes) == 1:
-            known |= {
-                "height": sizes[0].height // latent.downscale,
-                "width": sizes[0].width // latent.downscale,
-            }
+            sides = (sizes[0].height // latent.downscale, sizes[0].width // latent.downscale)
+        if sides:
+            known |= dict(zip(("height", "width"), sides, strict=True))
         specs = self.manifest.components[component].inputs
         fixed = {}
         for port in model.inputs:
@@ -186,15 +171,16 @@ class OpenVINOEngine(HostEngine):
                 dims = [known.get(dim, -1) if isinstance(dim, str) else dim for dim in specs[name].shape]
             else:  # time, cut out of the graph
                 dims = [-1 if dim.is_dynamic else dim.get_length() for dim in port.partial_shape]
-            fixed[name] = [shape[0], *dims[1:]] if shape else dims
-        if shape:
-            fixed["x"] = list(shape)
+            fixed[name] = [static.batch, *dims[1:]] if static else dims
         return fixed
 
     def fusion_report(self, component: str) -> FusionReport:
-        """What became of `component` in the compiled graph."""
-        compiled = self._requests[component].get_compiled_model()
-        return fusion_report(compiled, self._core.read_model(self._graphs[component]))
+        """What became of `component`: of its compiled graphs, in the worst."""
+        source = self._core.read_model(self._graphs[component])
+        models = [request.model for static, request in self._static.items() if static.component == component]
+        models.append(self._requests[component].get_compiled_model())
+        reports = [fusion_report(model, source) for model in models]
+        return min(reports, key=lambda report: report.attentions_fused)
 
     def close(self) -> None:
         """Free the compiled models."""
@@ -213,7 +199,7 @@ def core() -> ov.Core:
     return ov.Core()
 
 
-def choose_precision(asked: str, cpuinfo: Path = CPUINFO) -> str:
+def choose_precision(asked: str, cpuinfo: Path = processor.CPUINFO) -> str:
     """`f32` or `bf16`. `auto` is bf16 on a CPU with AMX-BF16 or AVX512-BF16; emulated, it is slower than f32.
 
     Raises:
@@ -223,11 +209,7 @@ def choose_precision(asked: str, cpuinfo: Path = CPUINFO) -> str:
         raise RuntimeUnavailable(f"precision={asked!r} is not one of openvino's: {', '.join(PRECISIONS)}")
     if asked != "auto":
         return asked
-    try:
-        flags = set(cpuinfo.read_text(encoding="utf-8").split())
-    except OSError:  # not Linux
-        flags = set()
-    return "bf16" if flags & NATIVE_BF16 else "f32"
+    return "bf16" if processor.has_bf16(cpuinfo) else "f32"
 
 
 def cut_time(model: ov.Model) -> ov.Model | None:

@@ -37,6 +37,11 @@ class FusionReport:
     nodes: Mapping[str, int]
     """Executed nodes by kind, constants and the graph's own inputs and outputs left out."""
 
+    @property
+    def fell_apart(self) -> int:
+        """How many attentions are several nodes."""
+        return self.attentions - self.attentions_fused
+
     def __str__(self) -> str:
         largest = ", ".join(f"{count} {kind}" for kind, count in Counter(self.nodes).most_common(6))
         return (
@@ -47,9 +52,9 @@ class FusionReport:
 
     def require_attention(self, component: str) -> None:
         """Raise `ExportError` unless every attention is one node: unfused, its scores go through memory."""
-        if self.attentions_fused < self.attentions:
+        if self.fell_apart:
             raise ExportError(
-                f"{component}: {self.attentions - self.attentions_fused} of {self.attentions} attentions fell apart in "
+                f"{component}: {self.fell_apart} of {self.attentions} attentions fell apart in "
                 "OpenVINO's executed graph; export with --allow-unfused to keep it, slower, or with an "
                 "attention that OpenVINO fuses"
             )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engines.bundle import Bundle, Manifest, Precision
-from engines.cache import CompiledCache, graph_hashes
+from engines.cache import CompiledCache, code_hash, graph_hashes
 from engines.errors import ExportError, RuntimeUnavailable
 from engines.tensorrt_library import RTX, Library, first_line, open_library
 from engines.tensorrt_report import Attention, Report, attentions, read_log
@@ -36,6 +36,9 @@ DECODED_PIXELS = 1 << 20
 """Of all pictures of one decoder call. The scratch memory of SD3's autoencoder in bfloat16 (TensorRT-RTX 1.7.1) is
 344 MB for one picture of 512×512, 1.6 GB for four, 1.4 GB for one of 1024×1024, 6.5 GB for four: most of a server's
 memory, and a large picture keeps a GPU busy by itself."""
+
+SOURCES = ("tensorrt_build.py", "tensorrt_library.py", "tensorrt_report.py")
+"""What decides what an engine is, and what is stored beside it of how it was built: in the cache's key."""
 
 Shape = tuple[int, ...]
 Shapes = dict[str, tuple[Shape, Shape, Shape]]
@@ -98,6 +101,7 @@ class Order:
             root,
             self.library.runtime,
             model=graph_hashes(manifest, self.graphs),
+            code=code_hash(*(str(Path(__file__).with_name(name)) for name in SOURCES)),
             version=self.library.version,
             device=self.target,
             precision=self.precision,

@@ -95,10 +95,15 @@ class Report:
     def require_attention(self, component: str) -> None:
         """Raise `ExportError` if an attention that could be one kernel is not: its scores go through memory."""
         if self.fell_apart:
+            remedy = (
+                "build the bfloat16 graph, in which TensorRT fuses them"
+                if self.precision == "f32"
+                else "export with --allow-unfused to keep it, slower, or with an attention that TensorRT fuses"
+            )
             raise ExportError(
                 f"{component} ({self.precision}, {self.target}): {self.fell_apart} of {self.attentions} attentions "
                 f"are not one kernel (scratch memory {megabytes(self.scratch_bytes)} MB, where one of them unfused "
-                f"takes {megabytes(self.unfused_bytes)} MB); build the bfloat16 graph, in which TensorRT fuses them"
+                f"takes {megabytes(self.unfused_bytes)} MB); {remedy}"
             )
 
     def row(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@
     report.manifest.components["denoiser"].parity
 
 One component after the other is loaded, answered by torch, written, and read back from the written files
-(`engines/export/stages.py`); then every runtime that works here runs the whole bundle (`engines/export/verify.py`).
+(`engines/export/stages.py`); then every runtime that works here runs the whole bundle (`engines/export/verify.py`), and
+TensorRT-RTX compiles it for the GPUs named (`engines/export/fusion.py`).
 Everything is written into a sibling folder and renamed at the end.
 """
 
@@ -15,7 +16,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from engines.bundle import (
 )
 from engines.errors import ExportError
 from engines.export.adapter import find_adapter
+from engines.export.fusion import check_fusion, fusion_targets
 from engines.export.parity import BATCHES
 from engines.export.plan import make_plan
 from engines.export.source import Source, find_student
@@ -58,8 +60,8 @@ class ExportOptions:
 
     `lora`: an adapter (a safetensors file, or its folder) that is merged into the student before anything else.
     `skip`: names of the family's rewrites (`Family.rewrites`) to leave out. `runtimes`: those that must prove
-    themselves on the bundle, in every precision that they have here; empty: those that are installed. `batches`: the
-    batch sizes compared.
+    themselves on the bundle, in every precision that they have here; empty: those that are installed. `fusion_check`:
+    compute capabilities for which TensorRT-RTX must fuse every attention. `batches`: the batch sizes compared.
     """
 
     name: str = ""
@@ -70,6 +72,7 @@ class ExportOptions:
     precisions: tuple[Precision, ...] = ("float32",)
     skip: tuple[str, ...] = ()
     runtimes: tuple[str, ...] = ()
+    fusion_check: tuple[str, ...] = ()
     batches: tuple[int, ...] = BATCHES
     seed: int = 0
     weights: bool = False
@@ -103,6 +106,7 @@ def export_bundle(
         )
     if out.exists() and not (out / MANIFEST).is_file():
         raise ExportError(f"{out} exists and is not a bundle; give another --out, or remove it first")
+    fusion_targets(options.fusion_check, options.precisions)
     source = find_student(student, progress)
     family = _load(source.folder, ())
     if unknown := [name for name in options.skip if name not in family.rewrites]:
@@ -180,7 +184,10 @@ def _write_bundle(
         provenance=provenance,
     )
     write_manifest(root, manifest)
-    manifest = verify(load_bundle(root), plan, options.runtimes, options.tolerance, progress)
+    bundle = load_bundle(root)
+    manifest = verify(bundle, plan, options.runtimes, options.tolerance, progress)
+    proved = replace(bundle, manifest=manifest)
+    manifest = check_fusion(proved, options.fusion_check, options.tolerance, progress)
     write_manifest(root, manifest)
     return manifest
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from engines.bundle import Manifest
 from engines.cli import run_command
 from engines.commands import importing
+from engines.export.fusion import read_fusion_check
 from engines.export.settings import ExportSettings, read_size
 from engines.export.to_triton import export_to_triton
 from engines.export.tolerance import Tolerance
@@ -19,13 +20,14 @@ from engines.export.tolerance import Tolerance
 EPILOG = """
 cdm-export runs/student --out bundles/student
 cdm-export runs/student --out bundles/student --sizes 128x128,160x96 --default-steps 2
+cdm-export runs/student --out bundles/student --precisions float32,bfloat16 --fusion-check tensorrt-rtx:8.9
 cdm-export runs/base --lora runs/adapter --out bundles/student --name student
 cdm-export bundles/student --to triton --out triton/student --triton-backend python
 """
 
 
 def parity_table(manifest: Manifest) -> str:
-    """The measured errors: the worst over batches and sizes by component, runtime and reference; whole pictures."""
+    """The worst errors over batches and sizes by component, runtime and reference; whole pictures; fused attentions."""
     rows = [
         f"{'component':<16}{'on':<34}{'against torch with':<19}{'shapes':>7}{'max abs':>10}{'rel L2':>11}"
     ]
@@ -43,6 +45,11 @@ def parity_table(manifest: Manifest) -> str:
             f"{f'picture {size}':<16}{f'{picture.runtime} {picture.precision}':<34}{f'{picture.steps} steps':<19}"
             f"{picture.batch:>7}{picture.max_abs:>7} /255{picture.psnr:>8.1f} dB"
         )
+    for name, component in manifest.components.items():
+        rows += [
+            f"{name:<16}{f'{item.runtime} {item.precision} {item.target}':<34}{item.report}"
+            for item in component.fusions
+        ]
     return "\n".join(rows)
 
 
@@ -75,6 +82,7 @@ def _export_bundle(settings: ExportSettings) -> int:
         skip=tuple(settings.skip_rewrites),
         weights=settings.weights,
         runtimes=tuple(settings.verify),
+        fusion_check=tuple(read_fusion_check(text) for text in settings.fusion_check),
         batches=tuple(settings.batches),
         seed=settings.seed,
         tolerance=Tolerance(

@@ -14,6 +14,7 @@ from pydantic_settings import CliPositionalArg
 
 from engines.bundle import Precision, Size
 from engines.cli import CommandSettings
+from engines.export.fusion import read_fusion_check
 from engines.export.to_triton import TritonSettings
 from engines.export.tolerance import Tolerance
 
@@ -58,6 +59,11 @@ class BundleSettings(CommandSettings):
         [],
         description="runtimes that must match torch, such as openvino or onnxruntime:int8; empty: those of every CPU",
     )
+    fusion_check: list[str] = Field(
+        [],
+        description="compilers that must make each attention one kernel, for a GPU that need not be here: "
+        "tensorrt-rtx:8.9 (by its compute capability), which reads the bfloat16 graphs",
+    )
     batches: list[int] = Field([1, 2, 3, 5], min_length=1, description="batch sizes compared with torch")
     seed: int = Field(0, ge=0, description="seed of the random inputs compared")
     tolerance_stored: float = Field(
@@ -80,7 +86,7 @@ class BundleSettings(CommandSettings):
 
     allow_unfused: bool = Field(
         False,
-        description="write the bundle even if a runtime leaves the denoiser's attention in parts (slower)",
+        description="write the bundle even if a runtime's compiler leaves attention in parts (slower)",
     )
 
     @field_validator("batches")
@@ -88,6 +94,13 @@ class BundleSettings(CommandSettings):
     def _are_batches(cls, value: list[int]) -> list[int]:
         if wrong := [batch for batch in value if not 1 <= batch <= 64]:
             raise ValueError(f"{wrong[0]} is not a batch size; 1 to 64 are allowed")
+        return value
+
+    @field_validator("fusion_check")
+    @classmethod
+    def _are_capabilities(cls, value: list[str]) -> list[str]:
+        for text in value:
+            read_fusion_check(text)
         return value
 
     @field_validator("sizes")

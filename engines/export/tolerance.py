@@ -34,7 +34,7 @@ class Tolerance:
     levels: int = 1
     psnr: float = 40.0
     unfused: bool = False
-    """Whether a runtime may leave the denoiser's attention in parts."""
+    """Whether a compiler may leave attention in parts."""
 
     def check(self, component: str, parity: Parity) -> None:
         """Raise `ExportError` if `parity` is above tolerance (or not a number)."""

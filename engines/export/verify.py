@@ -7,31 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Engine, EngineOptions, GraphEngine, load_engine, runtime_class
-from engines.bundle import Bundle, Manifest, Parity, PictureParity
+from engines.bundle import Bundle, Fusion, Manifest, Parity, PictureParity
 from engines.errors import ExportError, RuntimeUnavailable
+from engines.export.fusion import ReportsFusion, judge, with_fusions
 from engines.export.parity import compare
 from engines.export.plan import Pictures, Plan
 from engines.export.tolerance import Tolerance
-
-
-class Fusion(Protocol):
-    """What a runtime's compiler made of a graph, in words, and a check that raises `ExportError`."""
-
-    def require_attention(self, component: str) -> None: ...
-
-
-@runtime_checkable
-class ReportsFusion(Protocol):
-    """An engine that can say what its compiler fused."""
-
-    def fusion_report(self, component: str) -> Fusion: ...
-
 
 DEFAULT = ("onnxruntime", "openvino")
 """Runtimes that prove themselves unless others are named: those of every CPU."""
@@ -47,14 +33,16 @@ def verify(
     tolerance: Tolerance,
     progress: Callable[[str], None],
 ) -> Manifest:
-    """The bundle's manifest with the parity of `runtimes` (empty: of those of `DEFAULT` that are installed) added.
+    """The bundle's manifest with parity and fusions of `runtimes` (empty: those of `DEFAULT` that are installed) added.
 
     A runtime may be named with a precision (`onnxruntime:int8`); else it is held to each of its own.
 
     Raises:
-        ExportError: a runtime that was named is not there, or one is off by more than `tolerance`.
+        ExportError: a runtime that was named is not there, one is off by more than `tolerance`, or its compiler leaves
+            an attention in parts.
     """
     parities: dict[str, list[Parity]] = {name: [] for name in bundle.manifest.components}
+    fusions: dict[str, list[Fusion]] = {name: [] for name in parities}
     pictures: list[PictureParity] = []
     for asked in runtimes or DEFAULT:
         name, _, precision = asked.partition(":")
@@ -75,10 +63,9 @@ def verify(
                     for component, found in parities.items():
                         found += _components(engine, component, plan, tolerance)
                 if isinstance(engine, ReportsFusion):
-                    report = engine.fusion_report("denoiser")
-                    progress(f"denoiser on {name} {precision}: {report}")
-                    if not tolerance.unfused:
-                        report.require_attention("denoiser")
+                    for component, judged in fusions.items():
+                        report = engine.fusion_report(component)
+                        judged += judge(report, component, (name, precision, ""), tolerance, progress)
                 pictures += [_pictures(engine, reference, plan, tolerance) for reference in plan.pictures]
             finally:
                 engine.close()
@@ -86,7 +73,8 @@ def verify(
         name: component.model_copy(update={"parity": (*component.parity, *parities[name])})
         for name, component in bundle.manifest.components.items()
     }
-    return bundle.manifest.model_copy(update={"components": components, "pictures": tuple(pictures)})
+    proved = bundle.manifest.model_copy(update={"components": components, "pictures": tuple(pictures)})
+    return with_fusions(proved, fusions)
 
 
 def _components(engine: GraphEngine, component: str, plan: Plan, tolerance: Tolerance) -> list[Parity]:

@@ -11,13 +11,14 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks import acceptance_model, acceptance_parts
+from benchmarks import acceptance_model, acceptance_parts, random_longcat
 from benchmarks.acceptance_machine import describe
 from benchmarks.acceptance_process import Operator, Process
 from benchmarks.acceptance_report import REHEARSAL
@@ -153,6 +154,24 @@ def test_the_model_is_exported_in_both_precisions_with_its_weights(
         (1, 2),
     )
     assert Worker().call("export", sizes=[[96, 64]], **arguments)["sizes"] == [[96, 64]]
+
+
+def test_the_model_of_random_weights_may_be_a_longcat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its real size it takes minutes; here it is narrow."""
+    monkeypatch.setattr(acceptance_model, "LONGCAT_LAYERS", 2)
+    monkeypatch.setattr(
+        random_longcat,
+        "build_random_longcat",
+        partial(
+            random_longcat.build_random_longcat, heads=1, text=random_longcat.TINY_TEXT, vae_channels=(8, 8)
+        ),
+    )
+    settings = GpuAcceptanceSettings(size="longcat")
+    student = tmp_path / "student"
+    assert Worker().call("student", folder=str(student), scale=settings.size)["MB"] > 1
+    assert "LongCatImagePipeline" in (student / "model_index.json").read_text(encoding="utf-8")
 
 
 def test_parity_is_measured_and_no_constant(rehearsed: Rehearsed) -> None:

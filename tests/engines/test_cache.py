@@ -165,7 +165,7 @@ def test_folder_that_cannot_be_written_is_used_as_it_is(
     def read_only(*_: object) -> int:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(Path, "write_bytes", read_only)
+    monkeypatch.setattr("engines.cache.write_atomically", read_only)
     assert CompiledCache.open(tmp_path, **KEY).load("denoiser") == b"blob"
     assert caplog.text == ""
 
@@ -176,12 +176,10 @@ def test_full_disk_leaves_nothing_behind(
     cache = CompiledCache.open(tmp_path, **KEY)
     cache.store("denoiser", b"old")
 
-    def full(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[:3])
+    def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("engines.files._to_disk", full)  # when all but the last bytes are written
     cache.store("denoiser", b"new")
     cache.store("decoder", b"new")
     assert caplog.text.count("No space left on device") == 1

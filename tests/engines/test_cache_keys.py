@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import io
 import json
 from collections.abc import Callable
 from functools import partial
@@ -13,10 +15,10 @@ import openvino
 import pytest
 import torch
 
-from engines import processor
+from engines import aotinductor, processor
 from engines.base import EngineOptions, runtime_class
 from engines.bundle import Bundle, FileRef, Graph, Manifest, Precision, Size, load_bundle
-from engines.cache import CompiledCache, code_hash, shapes_of
+from engines.cache import CompiledCache, shapes_of
 from engines.tensorrt_build import Order
 from engines.tensorrt_library import Library
 from tests.engines.fake_cuda import FakeCuda
@@ -24,7 +26,7 @@ from tests.engines.fake_tensorrt import FakeTensorRT
 
 EMOJI = Path(__file__).resolve().parents[2] / "cdm_serve" / "bundles" / "emoji"
 
-FACETS = {"runtime", "model", "version", "precision", "shapes", "device", "capability", "threads"}
+FACETS = {"runtime", "model", "code", "version", "precision", "shapes", "device", "capability", "threads"}
 ALWAYS_THE_SAME = {"onnxruntime": {"precision", "shapes", "device", "capability", "threads"}}
 """The int8 graph is no compiled model: it is for any machine."""
 
@@ -161,7 +163,7 @@ def test_key_is_the_same_for_the_same_and_another_for_any_change(
     texts = {name: json.dumps(fields, sort_keys=True) for name, fields in found.items()}
     same = {name for name, text in texts.items() if list(texts.values()).count(text) > 1}
     assert not same
-    changing = FACETS - {"runtime", "model", "shapes"} - ALWAYS_THE_SAME.get(runtime, set())
+    changing = FACETS - {"runtime", "model", "shapes", "code"} - ALWAYS_THE_SAME.get(runtime, set())
     if runtime == "tensorrt-rtx":  # a capability is what it builds for; threads are refused
         changing -= {"capability", "threads"}
     if runtime == "openvino":  # told by the plugin, which has one device here
@@ -180,11 +182,82 @@ def test_key_names_everything_for_whoever_reads_it(bundle: Bundle, tmp_path: Pat
     assert fields["runtime"] == runtime
 
 
-def test_key_has_the_code_that_makes_what_is_compiled(tmp_path: Path) -> None:
-    (tmp_path / "openvino.py").write_text("a", encoding="utf-8")
-    before = code_hash(str(tmp_path / "openvino.py"))
-    (tmp_path / "openvino.py").write_text("b", encoding="utf-8")
-    assert code_hash(str(tmp_path / "openvino.py")) != before
+CODE = {
+    "openvino": ["openvino.py"],
+    "onnxruntime": ["quantize.py"],
+    "aotinductor": ["aotinductor_build.py", "torch_graphs.py", "families/sd3.py", "kernels/sd3.py"],
+    "tensorrt-rtx": ["tensorrt_build.py", "tensorrt_library.py", "tensorrt_report.py"],
+}
+"""Of each runtime, files of `engines` that decide what is compiled, or all of them."""
+
+
+def test_every_runtime_that_keeps_something_is_held_to_its_code() -> None:
+    assert set(CODE) == set(RUNTIMES)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "file"), [(name, file) for name, files in CODE.items() for file in files]
+)
+def test_key_has_the_code_that_makes_what_is_compiled(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str, file: str
+) -> None:
+    """One changed byte in `file`, as the hash reads it."""
+    path, read = Path(aotinductor.__file__).parent / file, Path.open
+    assert path.is_file()
+
+    def changed(self: Path, *args: Any, **kwargs: Any) -> Any:
+        opened = read(self, *args, **kwargs)
+        if self != path:
+            return opened
+        with opened:
+            return io.BytesIO(opened.read() + b"#")
+
+    aotinductor._code.cache_clear()
+    before = key(runtime, bundle, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", changed)
+        aotinductor._code.cache_clear()
+        after = key(runtime, bundle, tmp_path)
+    aotinductor._code.cache_clear()
+    assert {name for name in before if before[name] != after[name]} == {"code"}
+
+
+@pytest.mark.parametrize("package", ["diffusers", "transformers", "triton"])
+def test_aotinductors_key_has_the_packages_whose_classes_it_compiles(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    before = key("aotinductor", bundle, tmp_path)
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "99.1" if name == package else version(name)
+    )
+    after = key("aotinductor", bundle, tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {"packages"}
+    assert f"{package} 99.1" in after["packages"]
+
+
+def test_where_those_packages_are_not_installed_what_a_machine_that_has_them_made_last_is_found(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = key("aotinductor", bundle, tmp_path)
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert key("aotinductor", bundle, tmp_path)["packages"] == [
+        "diffusers None", "transformers None", "triton None",
+    ]  # fmt: skip
+    CompiledCache.open(tmp_path, **made)
+    CompiledCache.open(
+        tmp_path, **key("aotinductor", bundle, tmp_path / "elsewhere")
+    )  # a start that found nothing
+    other = CompiledCache.open(tmp_path, **{**made, "threads": 2, "packages": ["of another key"]})
+    damaged = CompiledCache.open(tmp_path, **{**made, "packages": ["damaged"]})
+    assert other.folder is not None
+    assert damaged.folder is not None
+    (damaged.folder / "key.json").write_text("[", encoding="utf-8")
+    assert key("aotinductor", bundle, tmp_path) == made
 
 
 def test_shapes_are_sizes_default_first_and_text(bundle: Bundle) -> None:

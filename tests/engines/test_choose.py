@@ -43,7 +43,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Bundle, li
 
     monkeypatch.setattr(engines.choose, "load_runtime", load)
     monkeypatch.setattr(engines.choose, "AUTO", ("slow", "quick", "absent"))
-    monkeypatch.setattr(engines.choose, "_processors", lambda: 1)
+    monkeypatch.setattr(engines.choose, "AUTO_GPU", ("gpu",))
+    monkeypatch.setattr(engines.choose.processor, "gpus", tuple)
+    monkeypatch.setattr(engines.choose.processor, "available", lambda: 1)
     monkeypatch.setattr(engines.choose.time, "perf_counter", lambda: clock[0])
     return fake_bundle(tmp_path), loaded, costs
 
@@ -77,8 +79,48 @@ def test_verdict_is_remembered_until_something_changes(
     assert (info.runtime, loaded) == ("quick", ["quick"])
     assert info.why.endswith("(measured at an earlier start)")
     assert choose(bundle, EngineOptions(cache_dir=tmp_path / "cache", threads=3)).info.runtime == "slow"
-    monkeypatch.setattr(engines.choose, "_processor", lambda: "another machine")
+    assert choose(bundle, options).info.runtime == "quick"
+
+
+@pytest.mark.parametrize(
+    ("what", "now"),
+    [
+        ("processor.name", lambda: "another processor"),
+        ("processor.available", lambda: 64),
+        ("processor.gpus", lambda: ("a GPU",)),
+        ("code_hash", lambda *_: "another cdm-serve"),
+        ("_version", lambda _: "another version"),
+    ],
+)
+def test_verdict_of_another_machine_or_version_is_measured_anew(
+    machine: tuple[Bundle, list[str], dict[str, float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    now: Callable[..., object],
+) -> None:
+    bundle, _, costs = machine
+    options = EngineOptions(cache_dir=tmp_path / "cache")
+    choose(bundle, options)
+    costs["slow"] = 1 * MS
+    monkeypatch.setattr(f"engines.choose.{what}", now)
     assert choose(bundle, options).info.runtime == "slow"
+
+
+def test_runtimes_of_gpus_are_measured_where_there_is_one(
+    machine: tuple[Bundle, list[str], dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And get no number of threads, which they refuse: neither then nor when the verdict is remembered."""
+    bundle, loaded, costs = machine
+    costs["gpu"] = 0.1 * MS
+    options = EngineOptions(threads=3, cache_dir=tmp_path)
+    assert choose(bundle, options).info.runtime == "quick"
+    monkeypatch.setattr(engines.choose.processor, "gpus", lambda: ("a GPU",))
+    monkeypatch.setattr(engines.choose.processor, "available", lambda: 8)
+    loaded.clear()
+    assert choose(bundle, options).info.runtime == "gpu"
+    assert choose(bundle, options).info.runtime == "gpu"
+    assert loaded == ["gpu", "slow 3", "quick 3", "gpu"]
 
 
 def test_remembered_runtime_that_is_gone_is_measured_anew(
@@ -127,7 +169,7 @@ def test_half_the_processors_are_taken_where_they_are_clearly_faster(
 ) -> None:
     """The fastest runtime alone is measured so, and the number is remembered."""
     bundle, loaded, costs = machine
-    monkeypatch.setattr(engines.choose, "_processors", lambda: 4)
+    monkeypatch.setattr(engines.choose.processor, "available", lambda: 4)
     costs["quick 2"] = with_two * MS
     options = EngineOptions(cache_dir=tmp_path / "cache")
     why = choose(bundle, options).info.why
@@ -139,13 +181,15 @@ def test_half_the_processors_are_taken_where_they_are_clearly_faster(
 
 
 def test_a_number_of_threads_that_was_asked_for_is_kept(
-    machine: tuple[Bundle, list[str], dict[str, float]], monkeypatch: pytest.MonkeyPatch
+    machine: tuple[Bundle, list[str], dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, loaded, costs = machine
-    monkeypatch.setattr(engines.choose, "_processors", lambda: 8)
+    monkeypatch.setattr(engines.choose.processor, "available", lambda: 8)
     costs["quick 4"] = 0.1 * MS
-    choose(bundle, EngineOptions(threads=3))
+    choose(bundle, EngineOptions(threads=3, cache_dir=tmp_path))
     assert loaded == ["slow 3", "quick 3"]
+    choose(bundle, EngineOptions(threads=3, cache_dir=tmp_path))
+    assert loaded == ["slow 3", "quick 3", "quick 3"]
 
 
 def test_large_bundles_are_never_in_memory_twice(

@@ -13,6 +13,7 @@ import pytest
 
 import engines.base
 import engines.families.base
+from cdm_serve.settings import ServeSettings
 from engines.base import EngineOptions, load_engine
 from engines.bundle import Bundle, load_bundle
 from engines.errors import RuntimeUnavailable
@@ -49,7 +50,7 @@ def test_runtime_of_the_document_draws_what_the_others_draw(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = install("runtime", engines.base.RUNTIMES, tmp_path, monkeypatch)
-    engine = load_engine(bundle, EngineOptions(name))
+    engine = load_engine(bundle, ServeSettings(engine=name).engine_options())
     reference = load_engine(bundle, EngineOptions("onnxruntime", threads=1))
     jobs = [Job("red apple", 1, 2), Job("green face", 2, 1)]
     assert worst(draw(engine, jobs), draw(reference, jobs)) <= 1

@@ -132,6 +132,15 @@ def test_cuda_provider_is_used_with_everything_bound_to_the_device(
     assert len(engine._sessions["denoiser"].runs) == 4
 
 
+def test_int8_runs_on_the_cpu_where_cuda_is_there(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    engine = OnnxRuntimeEngine(bundle, EngineOptions("onnxruntime", "int8", threads=1))
+    assert engine.info.device == "CPU"
+    draw(engine, JOBS[:1])
+
+
 def test_cuda_that_does_not_load_is_the_cpu_and_says_so(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import openvino as ov
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -16,6 +19,7 @@ from engines.base import Engine, EngineOptions, load_engine
 from engines.bundle import Bundle
 from engines.errors import ExecutionError, RuntimeUnavailable
 from engines.openvino import OpenVINOEngine, choose_precision
+from engines.openvino_report import FusionReport
 from tests.engines.pictures import Job, draw, starting_noise, worst
 
 JOBS = [
@@ -140,7 +144,7 @@ def test_compiled_cache_gives_the_same_picture(bundle: Bundle, tmp_path: Path) -
     assert [blob.stem for blob in blobs] == [
         "decoder",
         "denoiser",
-        *(f"denoiser-{batch}x8x8x8" for batch in (1, 2, 4, 8)),
+        *(f"denoiser-{batch}x8x{size}" for batch in (1, 2, 4, 8) for size in ("6x10", "8x8")),
         "text_encoder",
         "text_encoder_2",
     ]
@@ -150,18 +154,18 @@ def test_compiled_cache_gives_the_same_picture(bundle: Bundle, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("options", "room", "batches"),
+    ("options", "memory", "batches"),
     [
-        (EngineOptions("openvino", max_batch=6), 1.0, {1, 2, 4}),
-        (EngineOptions("openvino", max_batch=8, invariant_batch=3), 1.0, {3}),
-        (EngineOptions("openvino"), 0.0, set()),
+        (EngineOptions("openvino", max_batch=6), 10**12, {1, 2, 4}),
+        (EngineOptions("openvino", max_batch=8, invariant_batch=3), 10**12, {3}),
+        (EngineOptions("openvino"), 0, set()),
     ],
 )
 def test_static_shapes_are_those_that_serving_asks_for_and_memory_has_room_for(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, options: EngineOptions, room: float, batches: set[int]
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, options: EngineOptions, memory: int, batches: set[int]
 ) -> None:
     """Whether a shape is static or not, a picture is the same but for rounding."""
-    monkeypatch.setattr("engines.openvino.STATIC_BYTES", int(room * 1e9))
+    monkeypatch.setattr("engines.processor.memory_bytes", lambda: memory)
     engine = load_engine(bundle, replace(options, precision="f32", threads=1))
     assert isinstance(engine, OpenVINOEngine)
     assert {shape[0] for shape in engine._static} == batches
@@ -188,3 +192,41 @@ def test_auto_precision_is_bf16_only_where_the_cpu_has_it(flags: str, precision:
 def test_unknown_precision_is_refused_with_those_there_are(bundle: Bundle, runtime: str) -> None:
     with pytest.raises(RuntimeUnavailable, match=r"precision='int3' .*: auto, f32"):
         load_engine(bundle, EngineOptions(runtime, "int3"))
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+def test_graph_that_a_runtime_cannot_load_is_told_in_a_sentence(
+    bundle: Bundle, tmp_path: Path, runtime: str
+) -> None:
+    """Their packages raise errors of their own, which share no base; `auto` goes on to the next."""
+    graph = onnx.load(bundle.path("decoder"))
+    graph.graph.node[0].op_type = "NoSuchOperator"
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle.root, folder)
+    onnx.save(graph, folder / bundle.path("decoder").relative_to(bundle.root))
+    broken = replace(bundle, root=folder)
+    with pytest.raises(
+        RuntimeUnavailable, match=f"{runtime} cannot load the decoder here .*; choose another --engine"
+    ):
+        load_engine(broken, EngineOptions(runtime, threads=1))
+    with pytest.raises(
+        RuntimeUnavailable, match=r"no runtime works here: openvino cannot .*; onnxruntime cannot"
+    ):
+        load_engine(broken, EngineOptions("auto", threads=1))
+
+
+def test_openvinos_report_is_of_the_worst_graph_that_serves(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_engine(bundle, EngineOptions("openvino", threads=1, max_batch=2))
+    assert isinstance(engine, OpenVINOEngine)
+    good, seen = engine.fusion_report("denoiser"), []
+
+    def one_apart(compiled: ov.CompiledModel, source: ov.Model) -> FusionReport:
+        batch = compiled.input("x").get_partial_shape()[0]
+        seen.append(batch.is_static and batch.get_length())
+        return replace(good, attentions_fused=good.attentions - (batch.is_static and batch.get_length() == 2))
+
+    monkeypatch.setattr("engines.openvino.fusion_report", one_apart)
+    assert engine.fusion_report("denoiser").attentions_fused == good.attentions - 1
+    assert seen == [1, 2, 1, 2, False]
