@@ -71,7 +71,11 @@ class TritonPythonModel:
 
 
 def onnxruntime(path: Path, threads: int, gpu: int | None) -> Run:
-    """`path` in ONNX Runtime, on a CPU or on GPU number `gpu`."""
+    """`path` in ONNX Runtime, on a CPU or on GPU number `gpu`.
+
+    Raises:
+        RuntimeError: a GPU was asked for, and this ONNX Runtime cannot use it.
+    """
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
@@ -80,8 +84,15 @@ def onnxruntime(path: Path, threads: int, gpu: int | None) -> Run:
     settings.log_severity_level = 3
     providers: list[Any] = ["CPUExecutionProvider"]
     if gpu is not None:
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": gpu}))
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": gpu, "use_tf32": "0"}))
     session = ort.InferenceSession(str(path), settings, providers=providers)
+    if (
+        gpu is not None and "CUDAExecutionProvider" not in session.get_providers()
+    ):  # it falls back and only logs
+        raise RuntimeError(
+            f"ONNX Runtime cannot use GPU {gpu}: it has {', '.join(session.get_providers())}; install onnxruntime-gpu "
+            "and its CUDA in the server's Python, or export with --triton-device cpu"
+        )
     names = [output.name for output in session.get_outputs()]
     return lambda inputs: dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
