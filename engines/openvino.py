@@ -1,7 +1,7 @@
 """OpenVINO on the CPU: the fastest runtime there, in bfloat16 where the CPU computes it natively.
 
-Every component is compiled for each batch and size that serving asks for most (`engines/openvino_static.py`), and once for
-any other, unless those are all there are.
+Every component is compiled for each batch and size that serving asks for most (`engines/openvino_static.py`), and once
+for any other, unless those are all there are.
 
 Bfloat16 has 8 bits of mantissa: 1000·σ computed in it makes σ = 0.9 and 0.9015 the same time. The runtime has no way
 to keep chosen operations in float32, so the sines and cosines of σ are cut out of the denoiser into a small float32
@@ -25,7 +25,7 @@ from engines.bundle import Bundle
 from engines.cache import CompiledCache, code_hash, graph_hashes, shapes_of
 from engines.errors import RuntimeUnavailable, loading
 from engines.openvino_report import FusionReport, fusion_report
-from engines.openvino_static import Static, StaticRequest, static_of, worth_compiling
+from engines.openvino_static import Static, StaticRequest, covered, static_of, worth_compiling
 from engines.rows import Array, HostEngine
 
 PRECISIONS = ("auto", "f32", "bf16")
