@@ -224,7 +224,7 @@ def test_graph_that_a_runtime_cannot_load_is_told_in_a_sentence(
 def test_openvinos_report_is_of_the_worst_graph_that_serves(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = load_engine(bundle, EngineOptions("openvino", threads=1, max_batch=2))
+    engine = load_engine(bundle, EngineOptions("openvino", threads=1, max_batch=3))
     assert isinstance(engine, OpenVINOEngine)
     good, seen = engine.fusion_report("denoiser"), []
 
