@@ -128,6 +128,8 @@ def largest_component(student: Path) -> tuple[int, str]:
     sizes: Counter[str] = Counter()
     try:
         for path in sorted(student.glob("*/*.safetensors")):
+            if "." in path.stem:  # a variant (model.fp16), which is not loaded
+                continue
             with safe_open(path, framework="np") as file:
                 sizes[path.parent.name] += sum(
                     4 * prod(file.get_slice(name).get_shape())

@@ -76,8 +76,10 @@ def run(settings: RooflineSettings) -> int:
     )
     inputs = {batch: denoiser_inputs(bundle.manifest, batch) for batch in settings.batches}
     products = {shape: Product(shape, engine.info.precision, settings.threads) for shape in SIZES}
-    steps = {batch: partial(engine.run, "denoiser", inputs[batch]) for batch in settings.batches}
-    calls: dict[int | Shape, Callable[[], object]] = {**steps, **products}
+    calls: dict[int | Shape, Callable[[], object]] = {}
+    calls |= {batch: partial(engine.run, "denoiser", inputs[batch]) for batch in settings.batches}
+    for shape, product in products.items():
+        calls[shape] = product
     times = take_turns(calls, settings.rounds)
     speeds = {shape: 2.0 * np.prod(shape) / product.seconds() for shape, product in products.items()}
     best = max(speeds.values())

@@ -344,9 +344,10 @@ def load_bundle(root: Path) -> Bundle:
         ) from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
+        newer = type(version) is int and version > FORMAT_VERSION
+        remedy = "install the cdm-serve that wrote it" if newer else "export it again with cdm-export"
         raise BundleError(
-            f"{root} has bundle format {version!r}, this version serves {FORMAT_VERSION}; "
-            "export it again with cdm-export"
+            f"{root} has bundle format {version!r}, this version serves {FORMAT_VERSION}; {remedy}"
         )
     try:
         manifest = Manifest.model_validate(document)

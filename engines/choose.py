@@ -17,7 +17,6 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -37,9 +36,6 @@ BUDGET_S = 3.0
 
 GAIN = 0.95
 """Fewer threads are taken where a picture then takes less than this share of the time: noise is no reason."""
-
-ALONE_BYTES = 1_000_000_000
-"""Graphs and weights above which no two engines are in memory together: a runtime may take four times as much."""
 
 VERDICT = "fastest"
 
@@ -100,20 +96,17 @@ def _because(engine: Engine, why: str) -> Engine:
 def _measure_all(bundle: Bundle, options: EngineOptions) -> tuple[Engine, int, str]:
     """The fastest engine, loaded, its number of threads (0: its own choice), and the words for it.
 
-    Two are loaded at once at most, of a large bundle never more than one: the fastest is then loaded again at the end.
+    No two are in memory together: the fastest is loaded again at the end, from the cache if there is one.
     """
-    best: Engine | None = None
-    alone = sum(_bytes(bundle)) > ALONE_BYTES
     measured: list[Measured] = []
     reasons: list[str] = []
 
     def measure(name: str, threads: int = 0) -> None:
-        nonlocal best
-        if alone and best is not None:
-            best.close()
-            best = None
+        wanted = _with_threads(options, name, threads)
+        if name not in AUTO_GPU:  # whose compilers take minutes, for each largest batch anew
+            wanted = replace(wanted, max_batch=1)
         try:
-            engine = load_runtime(name, bundle, _with_threads(options, name, threads))
+            engine = load_runtime(name, bundle, wanted)
         except RuntimeUnavailable as error:
             reasons.append(str(error))
             return
@@ -121,17 +114,12 @@ def _measure_all(bundle: Bundle, options: EngineOptions) -> tuple[Engine, int, s
             found = Measured(name, engine.info.precision, _picture_ms(engine, bundle), threads)
         except EngineError as error:
             reasons.append(f"{name} fails: {error}")
-            engine.close()
             return
-        fastest = min((item.picture_ms for item in measured), default=float("inf"))
-        measured.append(found)
-        if found.picture_ms < fastest * (GAIN if found.threads else 1):
-            measured.insert(0, measured.pop())
-            if best is not None:
-                best.close()
-            best = engine
-        else:
+        finally:
             engine.close()
+        fastest = min((item.picture_ms for item in measured), default=float("inf"))
+        first = found.picture_ms < fastest * (GAIN if threads else 1)
+        measured.insert(0 if first else len(measured), found)
 
     for name in (*(AUTO_GPU if processor.gpus() else ()), *AUTO):
         measure(name)
@@ -140,24 +128,16 @@ def _measure_all(bundle: Bundle, options: EngineOptions) -> tuple[Engine, int, s
     works = len(measured)
     if options.threads == 0 and measured[0].runtime in AUTO and (half := processor.available() // 2):
         measure(measured[0].runtime, half)
-    first, *rest = measured
-    if best is None:
-        best = load_runtime(first.runtime, bundle, _with_threads(options, first.runtime, first.threads))
-    steps = bundle.manifest.default_steps
+    best, *rest = measured
     others = sorted(rest, key=lambda item: item.picture_ms)
+    steps = bundle.manifest.default_steps
     why = ", ".join(
-        [f"{first}".replace(" in ", f" makes a picture of {steps} steps in ", 1), *map(str, others)]
+        [f"{best}".replace(" in ", f" makes a picture of {steps} steps in ", 1), *map(str, others)]
     )
     if works == 1:
-        why = f"{first.runtime} is the only runtime that works here: {'; '.join(reasons)}; {why}"
-    return best, first.threads, why
-
-
-def _bytes(bundle: Bundle) -> Iterator[int]:
-    for component in bundle.manifest.components.values():
-        if "float32" in component.graphs:
-            graph = component.graphs["float32"]
-            yield from (ref.bytes for ref in (graph.file, *graph.data))
+        why = f"{best.runtime} is the only runtime that works here: {'; '.join(reasons)}; {why}"
+    engine = load_runtime(best.runtime, bundle, _with_threads(options, best.runtime, best.threads))
+    return engine, best.threads, why
 
 
 def _picture_ms(engine: Engine, bundle: Bundle) -> float:

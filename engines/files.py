@@ -9,6 +9,7 @@ sha256_file(Path("model.onnx"))
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import secrets
@@ -20,6 +21,7 @@ from pathlib import Path
 PARTIAL = ".partial"
 ABANDONED_S = 3600
 """Age from which a partial file is nobody's: whoever was writing it has been killed."""
+ABANDONED_FOLDER_S = 86400
 
 
 def replace_folder(partial: Path, target: Path) -> None:
@@ -75,6 +77,18 @@ def remove_abandoned(folder: Path) -> None:
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > ABANDONED_S:
                     path.unlink()
+
+
+def remove_abandoned_folders(target: Path) -> None:
+    """Delete folders `.NAME-…` beside `target` (of that name) that killed processes left over a day ago.
+
+    They are `tempfile.mkdtemp`'s; one that anything in it was written to since is somebody's.
+    """
+    for folder in target.parent.glob(f".{glob.escape(target.name)}-????????"):
+        with contextlib.suppress(OSError):
+            newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+            if folder.is_dir() and time.time() - newest > ABANDONED_FOLDER_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def sha256_file(path: Path) -> str:

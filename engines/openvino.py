@@ -1,7 +1,7 @@
 """OpenVINO on the CPU: the fastest runtime there, in bfloat16 where the CPU computes it natively.
 
-Every component is compiled once for any batch and size, and once more for each of those that serving asks for most
-(`engines/openvino_static.py`).
+Every component is compiled for each batch and size that serving asks for most (`engines/openvino_static.py`), and once
+for any other, unless those are all there are.
 
 Bfloat16 has 8 bits of mantissa: 1000·σ computed in it makes σ = 0.9 and 0.9015 the same time. The runtime has no way
 to keep chosen operations in float32, so the sines and cosines of σ are cut out of the denoiser into a small float32
@@ -25,7 +25,7 @@ from engines.bundle import Bundle
 from engines.cache import CompiledCache, code_hash, graph_hashes, shapes_of
 from engines.errors import RuntimeUnavailable, loading
 from engines.openvino_report import FusionReport, fusion_report
-from engines.openvino_static import Static, StaticRequest, static_of, worth_compiling
+from engines.openvino_static import Static, StaticRequest, covered, static_of, worth_compiling
 from engines.rows import Array, HostEngine
 
 PRECISIONS = ("auto", "f32", "bf16")
@@ -57,17 +57,18 @@ class OpenVINOEngine(HostEngine):
             precision=self._precision,
             threads=options.threads,
         )
-        self._requests = {component: self._load(component) for component in self._graphs}
         weight = 4 if self._precision == "f32" else 2
         wanted = worth_compiling(self.manifest, self._max_batch, self._group, weight)
         self._static = {static: StaticRequest(self._load(static.component, static)) for static in wanted}
-        needs_time = any(
-            port.get_any_name().startswith(TIME) for port in self._requests["denoiser"].model_inputs
-        )
+        self._dynamic: dict[str, ov.InferRequest] = {}
+        for component in self._graphs:
+            if not covered(self.manifest, component, self._max_batch, self._group, self._static):
+                self._request(component)
+        compiled = self._models("denoiser")[0]
+        needs_time = any(port.get_any_name().startswith(TIME) for port in compiled.inputs)
         self._time = self._load(TIME) if needs_time else None
         self._waves = lru_cache(maxsize=1024)(self._waves_of)
         self._read.clear()
-        compiled = self._requests["denoiser"].get_compiled_model()
         self.info = EngineInfo(
             runtime="openvino",
             version=ov.__version__,
@@ -89,7 +90,7 @@ class OpenVINOEngine(HostEngine):
             inputs = self.with_time(inputs)
         if (static := self._static.get(static_of(component, inputs))) is not None:
             return static.run(inputs, outputs)
-        results = self._requests[component].infer(inputs, share_inputs=True)
+        results = self._request(component).infer(inputs, share_inputs=True)
         # Not by `get_any_name`: of a tensor with several names, as T5's last product has it, it may be another.
         return {name: results[name] for name in outputs}
 
@@ -107,6 +108,19 @@ class OpenVINOEngine(HostEngine):
         assert self._time is not None
         results = self._time.infer({"sigma": np.array([sigma], np.float32)})
         return tuple(results[port] for port in self._time.model_outputs)
+
+    def _request(self, component: str) -> ov.InferRequest:
+        """Of the model for any batch and size, which is compiled when it is first needed."""
+        if component not in self._dynamic:
+            self._dynamic[component] = self._load(component)
+        return self._dynamic[component]
+
+    def _models(self, component: str) -> list[ov.CompiledModel]:
+        """All that were compiled of it, the static ones first."""
+        models = [request.model for static, request in self._static.items() if static.component == component]
+        if component in self._dynamic:
+            models.append(self._dynamic[component].get_compiled_model())
+        return models
 
     def _load(self, name: str, static: Static | None = None) -> ov.InferRequest:
         """Component `name` (or `TIME`, the denoiser's float32 part), for any batch and size or `static`'s."""
@@ -177,14 +191,12 @@ class OpenVINOEngine(HostEngine):
     def fusion_report(self, component: str) -> FusionReport:
         """What became of `component`: of its compiled graphs, in the worst."""
         source = self._core.read_model(self._graphs[component])
-        models = [request.model for static, request in self._static.items() if static.component == component]
-        models.append(self._requests[component].get_compiled_model())
-        reports = [fusion_report(model, source) for model in models]
+        reports = [fusion_report(model, source) for model in self._models(component)]
         return min(reports, key=lambda report: report.attentions_fused)
 
     def close(self) -> None:
         """Free the compiled models."""
-        self._requests.clear()
+        self._dynamic.clear()
         self._static.clear()
         self._time = None
 

@@ -7,7 +7,7 @@ arrays by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ SHARE = 1 / 12
 """Share of the machine's memory that the weights of all static shapes may take together."""
 
 MOST = 8
-"""Static shapes of one component at most: each is a compilation at a start without a cache."""
+"""Static shapes of the denoiser at most: each is a compilation at a start without a cache."""
 
 
 class Static(NamedTuple):
@@ -62,7 +62,7 @@ def worth_compiling(manifest: Manifest, max_batch: int, group: int, bytes_per_we
     found = []
     for wanted in (
         *(Static("denoiser", batch, side) for batch, side in sides[:MOST]),
-        *(Static("decoder", batch, side) for batch, side in sides[:MOST]),
+        Static("decoder", group or 1, default),  # of larger batches it gains next to nothing
         *(Static(name, group or 1) for name in manifest.text_encoders),
     ):
         graph = manifest.components[wanted.component].graphs["float32"]
@@ -71,6 +71,21 @@ def worth_compiling(manifest: Manifest, max_batch: int, group: int, bytes_per_we
             break
         found.append(wanted)
     return found
+
+
+def covered(
+    manifest: Manifest, component: str, max_batch: int, group: int, compiled: Iterable[Static]
+) -> bool:
+    """Whether every call that serving makes of `component` has a graph of its own."""
+    factor = manifest.latent.downscale
+    batches = [group] if group else range(1, max_batch + 1)
+    sides = {(size.height // factor, size.width // factor) for size in manifest.sizes}
+    calls = {
+        Static(component, batch, side)
+        for batch in batches
+        for side in (sides if component in ("denoiser", "decoder") else {None})
+    }
+    return calls <= set(compiled)
 
 
 class StaticRequest:

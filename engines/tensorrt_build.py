@@ -54,7 +54,8 @@ class Order:
     """What engines are to be built of, and for what.
 
     `target` is the compute capability; TensorRT, which builds for the GPU at hand, is given that one's name as well.
-    `workspace` (bytes) bounds the scratch memory that an engine may need; None leaves it to TensorRT.
+    `workspace` (bytes) bounds the scratch memory that an engine may need; None leaves it to TensorRT. With
+    `whole_batches` the decoder takes `max_batch` pictures at once like all others, whatever their size.
     """
 
     library: Library
@@ -63,6 +64,7 @@ class Order:
     target: str
     max_batch: int
     workspace: int | None = None
+    whole_batches: bool = False
 
     @property
     def graphs(self) -> Precision:
@@ -71,7 +73,7 @@ class Order:
 
     def limit(self, component: str) -> int:
         """The most rows that one run of `component` takes."""
-        if component != "decoder":
+        if component != "decoder" or self.whole_batches:
             return self.max_batch
         pixels = max(size.width * size.height for size in self.bundle.manifest.sizes)
         return max(1, min(self.max_batch, DECODED_PIXELS // pixels))

@@ -173,6 +173,7 @@ class TritonEngine(HostEngine):
                 )
             self._share(server, info.max_batch)
         except BaseException:
+            self._disconnect()  # what is shared already
             server.close()
             raise
         self._server, self.info = server, info

@@ -29,7 +29,7 @@ from engines.errors import ExecutionError, RuntimeUnavailable
 from engines.rows import Array
 from engines.triton import TritonEngine
 from engines.triton_memory import Layout, aligned, size_of
-from engines.triton_server import ASK_TIMEOUT_S, CALL_TIMEOUT_S, TritonServer, reason
+from engines.triton_server import ASK_TIMEOUT_S, CALL_TIMEOUT_S, TritonServer, connect, reason
 
 Column = Sequence[Row] | Array
 """One entry per picture: rows on the device, or an array in the request."""
@@ -63,10 +63,10 @@ class CudaRegion:
             return False
         return self.name in status.regions
 
-    def unregister(self) -> None:
-        """Have the server close it, if it is there."""
+    def unregister(self, client: InferenceServerClient | None = None) -> None:
+        """Have the server close it, if it is there; `client` is for a region whose own is closed."""
         with contextlib.suppress(InferenceServerException):
-            self._client.unregister_cuda_shared_memory(self.name, client_timeout=ASK_TIMEOUT_S)
+            (client or self._client).unregister_cuda_shared_memory(self.name, client_timeout=ASK_TIMEOUT_S)
 
     def destroy(self) -> None:
         """Free it."""
@@ -222,19 +222,33 @@ class TritonCudaEngine(TritonEngine):
 
     def _disconnect(self, late: bool = False) -> None:
         device, self._device = self._device, None
-        if device is not None and late:
-            self._abandoned.append(
-                device
-            )  # the late call may still write there, and freed it would be another's
-        elif device is not None:
-            device.unregister()
-            device.destroy()
-        super()._disconnect(late)
+        try:
+            if device is not None and late:
+                # The late call may still write there, and freed it would be another's.
+                self._abandoned.append(device)
+            elif device is not None:
+                device.unregister()
+                device.destroy()
+        finally:
+            super()._disconnect(late)
 
     def close(self) -> None:
         """End the connection, and free everything on the device, rows that are still held included."""
-        super().close()
-        self._cuda.close()
+        try:
+            super().close()
+            self._free_abandoned()
+        finally:
+            self._cuda.close()
+
+    def _free_abandoned(self) -> None:
+        """The server closes its side first: what it has open must not be freed. One that is gone has nothing open."""
+        if not self._abandoned:
+            return
+        with contextlib.closing(connect(self._options.triton_url)) as client:
+            while self._abandoned:
+                region = self._abandoned.pop()
+                region.unregister(client)
+                region.destroy()
 
 
 def _shape(column: Column) -> tuple[int, ...]:

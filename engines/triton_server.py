@@ -47,6 +47,11 @@ CHANNEL = (
 EXPORT_AGAIN = "write the repository again with cdm-export --to triton, and restart the server"
 
 
+def connect(url: str) -> InferenceServerClient:
+    """A client, to be closed; nothing has been asked yet."""
+    return InferenceServerClient(url, channel_args=CHANNEL)
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """What the server says of the model of one component. `gpus` are those that its instances are bound to."""
@@ -74,7 +79,7 @@ class TritonServer:
                 "127.0.0.1:8001"
             )
         self.url = url
-        self.client = InferenceServerClient(url, channel_args=CHANNEL)
+        self.client = connect(url)
         try:
             with self._asking():
                 if not self.client.is_server_live(client_timeout=ASK_TIMEOUT_S):

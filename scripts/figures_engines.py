@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,67 @@ def rows_of(*files: str, label: str = "") -> Callable[[], str]:
     return table
 
 
+STEP_GOALS = (
+    ("torch.compile bfloat16", 1.3),
+    ("onnxruntime f32", 3.0),
+    ("openvino genai bf16", 1.1),
+)
+"""Contenders' steps, to ours: at least."""
+
+
+def step_goals(*files: str) -> str:
+    """Which of `STEP_GOALS` are met, by model and batch."""
+    header = ["model", "batch", *(f"{name} (≥ {goal})" for name, goal in STEP_GOALS)]
+    lines = [header, ["---"] * len(header)]
+    for file in files:
+        if not (RESULTS / file).is_file():
+            continue
+        document = _result(file)
+        for batch in dict.fromkeys(row["batch"] for row in document["rows"]):
+            found = {row["contender"]: row for row in document["rows"] if row["batch"] == batch}
+            ratios = [(found.get(name, {}).get("step, to ours"), goal) for name, goal in STEP_GOALS]
+            verdicts = [
+                "" if ratio is None else f"{ratio:.2f}, {'met' if ratio >= goal else 'missed'}"
+                for ratio, goal in ratios
+            ]
+            lines.append([document["bundle"], str(batch), *verdicts])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def differences(*files: str) -> str:
+    """Each contender's picture beside diffusers' in float32: that all draw with one model."""
+    lines = []
+    for file in files:
+        if not (RESULTS / file).is_file():
+            continue
+        document = _result(file)
+        found: dict[str, list[float]] = {}
+        for name, difference in document["max_difference"].items():
+            found.setdefault(name.rpartition(" at ")[0], []).append(difference)
+        ranges = ", ".join(f"{name} {min(of):.2f} to {max(of):.2f}" for name, of in found.items())
+        lines.append(f"- {document['bundle']}: {ranges or 'no pictures were made'}\n")
+    return "".join(lines)
+
+
+def products(*files: str) -> str:
+    """The matrix products beside which denoisers are put, each by itself."""
+    header = ["run", "rows × inner × columns", "ms", "GFLOP/s"]
+    lines = [header, ["---"] * len(header)]
+    for file in files:
+        if not (RESULTS / file).is_file():
+            continue
+        document = _result(file)
+        for shape, speed in document["products"].items():
+            rows, inner, columns = map(int, shape.split("x"))
+            took = 2 * rows * inner * columns / (speed * 1e6)
+            lines.append([document["bundle"], f"{rows} × {inner} × {columns}", f"{took:.3g}", f"{speed:.0f}"])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "products": partial(products, "roofline-75m.txt"),
+    "step_goals": partial(step_goals, "steps-emoji.txt", "steps-75m.txt", "steps-medium.txt"),
+    "differences": partial(differences, "steps-emoji.txt", "steps-75m.txt"),
     "steps_emoji": rows_of("steps-emoji.txt"),
     "steps_75m": rows_of("steps-75m.txt"),
     "steps_medium": rows_of("steps-medium.txt"),

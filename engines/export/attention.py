@@ -25,7 +25,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """ATen's `scaled_dot_product_attention`, `(B, heads, L, D)`; with a mask or shared heads the exporter's own form."""
+    """ATen's `scaled_dot_product_attention`, `(B, heads, L, D)`; with a mask or shared heads in the exporter's form."""
     if attn_mask is not None or is_causal or enable_gqa or dropout_p:
         return aten_scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa

@@ -47,9 +47,9 @@ from engines.export.source import Source, find_student
 from engines.export.stages import run_stage
 from engines.export.student import MODEL_FILES, components, prepare_student
 from engines.export.tolerance import Tolerance
-from engines.export.verify import verify
+from engines.export.verify import check_runtimes, verify
 from engines.families.base import INDEX, Family, FamilyError, load_family
-from engines.files import replace_folder, sha256_file
+from engines.files import remove_abandoned_folders, replace_folder, sha256_file
 
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -107,6 +107,7 @@ def export_bundle(
     if out.exists() and not (out / MANIFEST).is_file():
         raise ExportError(f"{out} exists and is not a bundle; give another --out, or remove it first")
     fusion_targets(options.fusion_check, options.precisions)
+    check_runtimes(options.runtimes, options.weights)
     source = find_student(student, progress)
     family = _load(source.folder, ())
     if unknown := [name for name in options.skip if name not in family.rewrites]:
@@ -116,6 +117,7 @@ def export_bundle(
     work: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned_folders(out)
         # Beside `out`: a merged student is as large as a bundle, which is what there is room for there.
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         if options.lora is not None:
@@ -131,7 +133,10 @@ def export_bundle(
         size = sum(path.stat().st_size for path in staging.rglob("*"))
         replace_folder(staging, out)
     except OSError as error:
-        raise ExportError(f"{out} cannot be written: {error.strerror or error}") from error
+        path = Path(error.filename) if isinstance(error.filename, str) else out
+        ours = path.is_relative_to(work or out.parent) or path.is_relative_to(out.parent)
+        what = f"{out} cannot be written" if ours else f"{path} cannot be read or written"
+        raise ExportError(f"{what}: {error.strerror or error}") from error
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
@@ -178,11 +183,17 @@ def _write_bundle(
         text_lengths=plan.text_lengths,
         sizes=sizes,
         default_size=sizes[0],
-        schedules={steps: family.sigmas(steps) for steps in range(1, options.max_steps + 1)},
+        schedules={steps: plan.sigmas(steps) for steps in range(1, options.max_steps + 1)},
         default_steps=options.default_steps,
         model=copy_model(student, root) if options.weights else (),
         provenance=provenance,
     )
+    for size in sizes[1:]:
+        if plan.sigmas(options.default_steps, size) != plan.sigmas(options.default_steps):
+            progress(
+                f"pictures of {size.width}x{size.height} get the schedules of {sizes[0].width}x{sizes[0].height}: a "
+                "bundle has one for each number of steps, and this model's shift depends on the size"
+            )
     write_manifest(root, manifest)
     bundle = load_bundle(root)
     manifest = verify(bundle, plan, options.runtimes, options.tolerance, progress)

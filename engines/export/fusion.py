@@ -126,9 +126,14 @@ def judge(
     Raises:
         ExportError: an attention fell apart that `tolerance` does not allow to.
     """
-    if not report.attentions:
-        return []
     runtime, precision, target = on
+    if not report.attentions:
+        if component == "denoiser" and not tolerance.unfused:
+            raise ExportError(
+                f"denoiser on {runtime} {precision}: no attention was recognised in its graph, so nothing is known "
+                "of its fusion; export with --allow-unfused to write it all the same"
+            )
+        return []
     where = f" for {target}" if target else ""
     progress(f"{component} on {runtime} {precision}{where}: {report}")
     never = runtime in PACKAGES and precision == "f32"  # TensorRT fuses none there

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,9 +102,18 @@ def _export_bundle(settings: ExportSettings) -> int:
     return 0
 
 
+def _end(number: int, _: object) -> None:
+    """What has begun is cleaned up on the way out."""
+    raise SystemExit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Console entry point: 0 exported, 2 refused with one sentence."""
-    return run_command(ExportSettings, export, argv, prog="cdm-export", epilog=EPILOG)
+    """Console entry point: 0 exported, 2 refused with one sentence, 143 ended by SIGTERM, with nothing left behind."""
+    previous = signal.signal(signal.SIGTERM, _end)
+    try:
+        return run_command(ExportSettings, export, argv, prog="cdm-export", epilog=EPILOG)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

@@ -80,20 +80,40 @@ def answer(name: str, module: GraphModule, probe: Probe, weights: str) -> None:
 
 
 def open_session(path: Path, data_bytes: int = 0) -> ort.InferenceSession:
-    """An ONNX Runtime CPU session in float32: the reference runtime."""
+    """An ONNX Runtime CPU session in float32: the reference runtime.
+
+    Raises:
+        ExportError: it does not take the graph.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if data_bytes > FOLDED_BYTES:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own errors share no base
+        raise ExportError(f"ONNX Runtime refuses {path.name}: {_first_line(error)}") from error
 
 
 def run_onnx(session: ort.InferenceSession, probe: dict[str, Tensor]) -> Arrays:
-    """The graph's outputs by name."""
+    """The graph's outputs by name.
+
+    Raises:
+        ExportError: it fails at that shape, as one does that was traced with a constant where a size belongs.
+    """
     names = [value.name for value in session.get_outputs()]
-    results = session.run(names, {value.name: probe[value.name].numpy() for value in session.get_inputs()})
-    return dict(zip(names, results, strict=True))
+    inputs = {value.name: probe[value.name].numpy() for value in session.get_inputs()}
+    try:
+        return dict(zip(names, session.run(names, inputs), strict=True))
+    except Exception as error:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
+        raise ExportError(f"the graph fails on {shapes} in ONNX Runtime: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def compare(probe: Probe, weights: Any, actual: Arrays, runtime: str, precision: str) -> Parity:

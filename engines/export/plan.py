@@ -66,6 +66,10 @@ class Plan:
                 lengths[axes[1]] = self._picture_text[name].shape[1]
         return lengths
 
+    def sigmas(self, steps: int, size: Size | None = None) -> tuple[float, ...]:
+        """The family's, for pictures of `size`; None: the default size, whose schedules a bundle has."""
+        return self.family.sigmas(steps, self._latent(size or self.sizes[0]))
+
     def stages(self, fuse: Callable[[Family], None]) -> Iterator[Stage]:
         """Each is to be run before the next is asked for."""
         specs = self.family.tokenizer_specs()
@@ -187,7 +191,7 @@ class Plan:
                 self.family.latent_channels, PICTURES, self._latent(size), self._seed(index, 77)
             )["x"]
             x = noise
-            for sigma, sigma_next in pairwise(self.family.sigmas(self.steps)):
+            for sigma, sigma_next in pairwise(self.sigmas(self.steps)):
                 x, _ = module(x, torch.full((PICTURES,), sigma), torch.full((PICTURES,), sigma_next), *text)
             self.pictures.append(Pictures(size, ids, noise, x))
 

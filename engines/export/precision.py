@@ -3,7 +3,7 @@
 A bfloat16 has 8 bits of mantissa. In a transformer of the denoiser only what does the work, the matrix products of
 attention and feed-forward, is lowered: each such module whole, with casts at its borders. What adds up over the
 layers (the residual stream), what multiplies everything (gates, modulation) and what must tell close numbers apart
-(time) stays float32. `engines/export/sensitivity.py` measures what each part would cost.
+(time) stays float32. `cdm-bench sensitivity` measures what each part would cost.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from engines.export.memory import free
 
 LOW = torch.bfloat16
 
+ANGLES = "image_rotary_emb"
+"""Cosines and sines of positions, which diffusers hands to an attention: bfloat16 confuses near positions."""
+
 
 class Lowered(nn.Module):
     """`module` in bfloat16 between float32 neighbours: float tensors are cast going in, float32 coming out.
@@ -33,7 +36,10 @@ class Lowered(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         dtype = next(self.module.parameters()).dtype
         return _cast(
-            self.module(*_cast(args, dtype), **{name: _cast(value, dtype) for name, value in kwargs.items()}),
+            self.module(
+                *_cast(args, dtype),
+                **{name: value if name == ANGLES else _cast(value, dtype) for name, value in kwargs.items()},
+            ),
             torch.float32,
         )
 

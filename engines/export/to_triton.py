@@ -38,7 +38,9 @@ class TritonSettings(CommandSettings):
         description="in the python backend: onnxruntime, or another runtime of cdm-serve, which it then needs",
     )
     triton_plans: list[str] = Field(
-        [], description="for the tensorrt backend: the engine file of every component, COMPONENT=FILE"
+        [],
+        description="for the tensorrt backend: the engine file of every component, COMPONENT=FILE, or the folder that "
+        "cdm-bench tensorrt --plans has written",
     )
     triton_device: Literal["cpu", "gpu"] = Field(Defaults.device, description="where instances run")
     triton_gpus: list[int] = Field([], description="numbers of the GPUs to run on; empty: all")
@@ -103,21 +105,27 @@ class TritonSettings(CommandSettings):
         )
 
 
-def read_plans(pairs: list[str]) -> dict[str, Path]:
-    """`denoiser=denoiser.plan` and others, by component.
+def read_plans(given: list[str]) -> dict[str, Path]:
+    """`denoiser=denoiser.plan` and others, by component; of a folder, all that it has.
 
     Raises:
         ValueError: one is no such pair, or names a component again.
     """
     plans: dict[str, Path] = {}
-    for pair in pairs:
-        component, _, file = pair.partition("=")
-        if not component or not file:
-            raise ValueError(f"{pair!r} is not COMPONENT=FILE, as denoiser=denoiser.plan")
-        if component in plans:
-            raise ValueError(f"{component} has two files, {plans[component]} and {file}; name one")
-        plans[component] = Path(file)
+    for entry in given:
+        component, equals, file = entry.partition("=")
+        if equals and not (component and file):
+            raise ValueError(f"{entry!r} is not COMPONENT=FILE, as denoiser=denoiser.plan")
+        found = [(component, Path(file))] if equals else [(path.stem, path) for path in _plans_in(entry)]
+        for name, path in found:
+            if name in plans:
+                raise ValueError(f"{name} has two files, {plans[name]} and {path}; name one")
+            plans[name] = path
     return plans
+
+
+def _plans_in(folder: str) -> list[Path]:
+    return sorted(Path(folder).glob("*.plan"))
 
 
 def export_to_triton(bundle: Path, out: Path, settings: TritonSettings) -> list[str]:
@@ -136,6 +144,12 @@ def export_to_triton(bundle: Path, out: Path, settings: TritonSettings) -> list[
             f"{bundle} is a student, and --to triton takes a bundle; export one with cdm-export {bundle} --out BUNDLE "
             "first, and name that"
         )
+    for entry in settings.triton_plans:
+        if "=" not in entry and not _plans_in(entry):
+            raise ExportError(
+                f"--triton-plans names {entry}, which is neither COMPONENT=FILE nor a folder of COMPONENT.plan files; "
+                "build them with cdm-bench tensorrt --plans"
+            )
     loaded, repository = load_bundle(bundle), settings.repository()
     try:
         repository.check(loaded.manifest)

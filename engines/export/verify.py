@@ -5,25 +5,67 @@ What is measured goes into the manifest; above tolerance there is no bundle.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from engines.base import Engine, EngineOptions, GraphEngine, load_engine, runtime_class
-from engines.bundle import Bundle, Fusion, Manifest, Parity, PictureParity
+from engines import processor
+from engines.base import RUNTIMES, Engine, EngineOptions, GraphEngine, load_engine, runtime_class
+from engines.bundle import Bundle, Fusion, Manifest, Parity, PictureParity, Size
 from engines.errors import ExportError, RuntimeUnavailable
 from engines.export.fusion import ReportsFusion, judge, with_fusions
-from engines.export.parity import compare
+from engines.export.parity import Probe, compare
 from engines.export.plan import Pictures, Plan
 from engines.export.tolerance import Tolerance
 
 DEFAULT = ("onnxruntime", "openvino")
 """Runtimes that prove themselves unless others are named: those of every CPU."""
 
+PRECISIONS = ("f32", "bf16", "int8")
+
+NEEDS_WEIGHTS = ("torch", "aotinductor")
+NEEDS_GPU = ("tensorrt-rtx", "tensorrt")
+RUNS_NO_GRAPH = {
+    "fake": "it runs no model",
+    "triton": "it runs what a Triton server has, not what is written here",
+    "triton-cuda": "it runs what a Triton server has, not what is written here",
+}
+
+SERVED_BATCHES = (1, 2, 4, 8)
+"""Compared whatever `batches` says: runtimes compile graphs of their own for these."""
+
 EQUAL_DB = 99.0
 """PSNR of pictures that are equal: infinity is no JSON number."""
+
+
+def check_runtimes(asked: Sequence[str], weights: bool) -> None:
+    """Refuse, before anything is exported, runtimes that could not prove themselves on it.
+
+    Raises:
+        ExportError: no such runtime or precision, it runs no graph of a bundle, its packages or its GPU are missing
+            here, or it needs the student's weights in the bundle.
+    """
+    for text in asked:
+        name, _, precision = text.partition(":")
+        if name not in RUNTIMES or name in RUNS_NO_GRAPH:
+            why = RUNS_NO_GRAPH.get(name, "there is no such runtime")
+            allowed = ", ".join(runtime for runtime in RUNTIMES if runtime not in RUNS_NO_GRAPH)
+            raise ExportError(f"--verify {text}: {why}; allowed: {allowed}")
+        if precision and precision not in PRECISIONS:
+            raise ExportError(f"--verify {text}: {precision!r} is none of {', '.join(PRECISIONS)}")
+        if name in NEEDS_WEIGHTS and not weights:
+            raise ExportError(f"--verify {text}: {name} runs the student's own folder; add --weights")
+        if name in NEEDS_GPU and not processor.gpus():
+            raise ExportError(
+                f"--verify {text}: there is no NVIDIA GPU here; leave it out, or use --fusion-check, which needs none"
+            )
+        try:
+            runtime_class(name)
+        except RuntimeUnavailable as error:
+            raise ExportError(f"--verify {text}: {error}") from error
 
 
 def verify(
@@ -55,7 +97,7 @@ def verify(
             continue
         for precision in precisions:
             progress(f"parity: {name} {precision}")
-            options = EngineOptions(name, precision, max_batch=max(*plan.batches, 2))
+            options = EngineOptions(name, precision, max_batch=max(*plan.batches, *SERVED_BATCHES))
             engine = load_engine(bundle, options)
             assert isinstance(engine, GraphEngine)
             try:
@@ -79,9 +121,8 @@ def verify(
 
 def _components(engine: GraphEngine, component: str, plan: Plan, tolerance: Tolerance) -> list[Parity]:
     found = []
-    for probe in plan.probes[component]:
-        if probe.short:  # serving always fills the tokenizer's length
-            continue
+    whole = [probe for probe in plan.probes[component] if not probe.short]  # as serving fills the text
+    for probe in (*whole, *(served(whole, plan.sizes[0]) if component == "denoiser" else ())):
         inputs = {name: tensor.numpy() for name, tensor in probe.inputs.items()}
         actual = dict(engine.run(component, inputs))
         found.append(compare(probe, "original", actual, engine.info.runtime, engine.info.precision))
@@ -89,9 +130,30 @@ def _components(engine: GraphEngine, component: str, plan: Plan, tolerance: Tole
     return found
 
 
+def served(probes: Sequence[Probe], size: Size) -> list[Probe]:
+    """Probes of the `SERVED_BATCHES` that `probes` lack, of their rows at `size`: no row depends on another."""
+    rows = [probe for probe in probes if probe.size == size]
+    inputs = {name: torch.cat([probe.inputs[name] for probe in rows]) for name in rows[0].inputs}
+    answers = {
+        name: np.concatenate([probe.answers["original"][name] for probe in rows])
+        for name in rows[0].answers["original"]
+    }
+    there, known = sum(probe.batch for probe in rows), {probe.batch for probe in rows}
+    return [
+        Probe(
+            batch,
+            size,
+            {name: tensor[:batch] for name, tensor in inputs.items()},
+            answers={"original": {name: array[:batch] for name, array in answers.items()}},
+        )
+        for batch in SERVED_BATCHES
+        if batch not in known and batch <= there
+    ]
+
+
 def _pictures(engine: Engine, reference: Pictures, plan: Plan, tolerance: Tolerance) -> PictureParity:
     assert reference.image is not None
-    sigmas = plan.family.sigmas(plan.steps)
+    sigmas = plan.sigmas(plan.steps)
     found = _draw(engine, reference, sigmas).astype(np.float64)
     error = found - reference.image.numpy().astype(np.float64)
     mean_square = float(np.mean(error**2))

@@ -111,8 +111,11 @@ class Family(ABC):
         """v at x, both `(B, C, H, W)`, sigma `(B,)` float32 in [0, 1], post-shift; the time path is float32."""
 
     @abstractmethod
-    def sigmas(self, steps: int) -> tuple[float, ...]:
-        """The `steps + 1` sigmas of few-step inference, after the scheduler's shift, ending in 0."""
+    def sigmas(self, steps: int, size: tuple[int, int] | None = None) -> tuple[float, ...]:
+        """The `steps + 1` sigmas of few-step inference, after the scheduler's shift, ending in 0.
+
+        A shift may depend on the picture's size: (height, width) in latent pixels; None: `latent_size`.
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -217,15 +217,18 @@ class SD3Family(Family):
         )[0]
         return velocity.to(x.dtype)
 
-    def sigmas(self, steps: int) -> tuple[float, ...]:
-        """`linspace(1, 1/steps, steps)` through the scheduler's own shift, then 0: the pipeline's `sigmas=` path."""
+    def sigmas(self, steps: int, size: tuple[int, int] | None = None) -> tuple[float, ...]:
+        """`linspace(1, 1/steps, steps)` through the scheduler's own shift, then 0: the pipeline's `sigmas=` path.
+
+        With dynamic shifting that depends on the number of image tokens: of `size`, in latent pixels, or `latent_size`.
+        """
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         config = scheduler.config
         mu = None
         if config.use_dynamic_shifting:
-            tokens = (self.latent_size[0] // self.patch_size) * (self.latent_size[1] // self.patch_size)
+            height, width = size or self.latent_size
             mu = calculate_shift(
-                tokens,
+                (height // self.patch_size) * (width // self.patch_size),
                 config.base_image_seq_len,
                 config.max_image_seq_len,
                 config.base_shift,

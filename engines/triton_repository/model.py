@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ Arrays = Mapping[str, Any]
 Run = Callable[[Arrays], Arrays]
 
 FOLDER = Path(__file__).resolve().parent
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class TritonPythonModel:
@@ -37,7 +40,7 @@ class TritonPythonModel:
         if parameters["cdm_runtime"] == "onnxruntime":
             self._run = onnxruntime(FOLDER / "model.onnx", int(parameters["cdm_threads"]), gpu)
         else:
-            self._run = cdm_serve(FOLDER / "bundle", parameters, int(config["max_batch_size"]))
+            self._run = cdm_serve(FOLDER / "bundle", parameters, int(config["max_batch_size"]), gpu)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run all `requests`, which the dynamic batcher has chosen to fit together, as one batch."""
@@ -68,7 +71,11 @@ class TritonPythonModel:
 
 
 def onnxruntime(path: Path, threads: int, gpu: int | None) -> Run:
-    """`path` in ONNX Runtime, on a CPU or on GPU number `gpu`."""
+    """`path` in ONNX Runtime, on a CPU or on GPU number `gpu`.
+
+    Raises:
+        RuntimeError: a GPU was asked for, and this ONNX Runtime cannot use it.
+    """
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
@@ -77,14 +84,26 @@ def onnxruntime(path: Path, threads: int, gpu: int | None) -> Run:
     settings.log_severity_level = 3
     providers: list[Any] = ["CPUExecutionProvider"]
     if gpu is not None:
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": gpu}))
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": gpu, "use_tf32": "0"}))
     session = ort.InferenceSession(str(path), settings, providers=providers)
+    if (
+        gpu is not None and "CUDAExecutionProvider" not in session.get_providers()
+    ):  # it falls back and only logs
+        raise RuntimeError(
+            f"ONNX Runtime cannot use GPU {gpu}: it has {', '.join(session.get_providers())}; install onnxruntime-gpu "
+            "and its CUDA in the server's Python, or export with --triton-device cpu"
+        )
     names = [output.name for output in session.get_outputs()]
     return lambda inputs: dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
 
-def cdm_serve(bundle: Path, parameters: Mapping[str, str], max_batch: int) -> Run:
-    """One component of `bundle` in a runtime of cdm-serve."""
+def cdm_serve(bundle: Path, parameters: Mapping[str, str], max_batch: int, gpu: int | None) -> Run:
+    """One component of `bundle` in a runtime of cdm-serve, on a CPU or on GPU number `gpu`.
+
+    Raises:
+        RuntimeError: that GPU cannot be chosen.
+    """
+    see_only(gpu)  # before the runtime is imported
     from engines.base import EngineOptions, GraphEngine, load_engine
     from engines.bundle import load_bundle
 
@@ -99,6 +118,42 @@ def cdm_serve(bundle: Path, parameters: Mapping[str, str], max_batch: int) -> Ru
         raise TypeError(f"{parameters['cdm_runtime']} runs no graphs")
     component = parameters["cdm_component"]
     return lambda inputs: engine.run(component, inputs)
+
+
+def see_only(gpu: int | None) -> None:
+    """Show this process GPU number `gpu` of the server's alone, or none: runtimes of cdm-serve use the first they see.
+
+    Every instance is a process of its own. Its CUDA reads the variable once, and nothing in it has called CUDA yet.
+
+    Raises:
+        RuntimeError: the server has no such GPU, or CUDA was in use here before.
+    """
+    if gpu is None:
+        os.environ[VISIBLE] = ""
+        return
+    shown = os.environ.get(VISIBLE)  # what the server was started with: its numbers count these
+    names = [str(gpu)] if shown is None else [name.strip() for name in shown.split(",")[gpu : gpu + 1]]
+    if not names:
+        raise RuntimeError(f"there is no GPU {gpu}: the server was started with {VISIBLE}={shown}")
+    os.environ[VISIBLE] = names[0]
+    seen = count_gpus()
+    if seen is not None and seen != 1:
+        raise RuntimeError(
+            f"GPU {gpu} cannot be chosen: with {VISIBLE}={names[0]} this process sees {seen} GPUs, not 1; either there "
+            "is no such GPU, or something in the server's Python uses CUDA as it starts, which must not be"
+        )
+
+
+def count_gpus() -> int | None:
+    """How many GPUs CUDA shows this process; none known without its driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
 
 
 def _joined(arrays: list[Any]) -> Any:

@@ -14,7 +14,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
@@ -22,7 +24,14 @@ from tritonclient.grpc import model_config_pb2 as pb
 from engines.bundle import MANIFEST, Bundle, file_refs
 from engines.errors import BundleError, ExportError
 from engines.files import replace_folder
-from engines.triton_repository.config import COMPONENT, FILES, model_config, weights_parameter
+from engines.triton_repository.config import (
+    COMPONENT,
+    FILES,
+    PRECISION,
+    RUNTIME,
+    model_config,
+    weights_parameter,
+)
 from engines.triton_repository.settings import GRAPHS, RepositorySettings
 
 CONFIG = "config.pbtxt"
@@ -38,12 +47,14 @@ def write_repository(bundle: Bundle, out: Path, settings: RepositorySettings) ->
     Graphs and plans are hard links where `out` is on the bundle's file system.
 
     Raises:
-        ExportError: settings that contradict each other, `out` holds something else, or it cannot be written. `out` is
-            then as it was before.
+        ExportError: settings that contradict each other, `out` holds something else or a version that cannot be kept,
+            or it cannot be written. `out` is then as it was before.
     """
     settings.check(bundle.manifest)
     _check_is_ours(out)
     configs = {name: model_config(bundle.manifest, name, settings) for name in bundle.manifest.components}
+    for config in configs.values():
+        _check_versions(out / config.name, config, settings)
     staging: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -129,14 +140,59 @@ def _read_config(folder: Path) -> pb.ModelConfig:
     return config
 
 
+def _kept(before: Path, settings: RepositorySettings) -> list[int]:
+    """Numbers of the newest other versions of a model, as many as shall stay."""
+    if settings.keep_versions == 1 or not before.is_dir():
+        return []
+    numbers = [int(path.name) for path in before.iterdir() if path.name.isdigit()]
+    return sorted(number for number in numbers if number != settings.version)[-(settings.keep_versions - 1) :]
+
+
+def _check_versions(before: Path, config: pb.ModelConfig, settings: RepositorySettings) -> None:
+    """Refuse to keep versions that cannot be loaded with the new `config`, which is one for all of a model's."""
+    if not (numbers := _kept(before, settings)):
+        return
+    old = _read_config(before)
+    for (what, was), now in zip(_shared(old).items(), _shared(config).values(), strict=True):
+        if was != now:
+            raise ExportError(
+                f"version {numbers[-1]} in {before} was written for {what} {was}, and the one config.pbtxt of all "
+                f"versions would say {now}; use --triton-keep-versions 1, which drops it, or another --out"
+            )
+    if config.backend == "tensorrt" and config.max_batch_size > old.max_batch_size:
+        raise ExportError(
+            f"version {numbers[-1]} in {before} has a plan for batches of up to {old.max_batch_size}, and the one "
+            f"config.pbtxt of all versions would say {config.max_batch_size}; use --triton-keep-versions 1, which "
+            f"drops it, or --triton-max-batch {old.max_batch_size}"
+        )
+
+
+def _shared(config: pb.ModelConfig) -> dict[str, str]:
+    """What every version of a model must agree on."""
+
+    def parameter(name: str) -> str:
+        return str(config.parameters[name].string_value) if name in config.parameters else "none"
+
+    def tensors(given: Iterable[Any]) -> str:
+        return ", ".join(
+            f"{each.name} {pb.DataType.Name(each.data_type).removeprefix('TYPE_')}{list(each.dims)}"
+            + (f" as {list(each.reshape.shape)}" if each.HasField("reshape") else "")
+            for each in sorted(given, key=lambda each: str(each.name))
+        )
+
+    return {
+        "backend": config.backend,
+        "runtime": parameter(RUNTIME),
+        "precision": parameter(PRECISION),
+        "inputs": tensors(config.input),
+        "outputs": tensors(config.output),
+    }
+
+
 def _keep_versions(before: Path, folder: Path, config: pb.ModelConfig, settings: RepositorySettings) -> None:
     """Take the newest other versions of a model over, with the hashes of their weights."""
-    if settings.keep_versions == 1 or not before.is_dir():
-        return
-    numbers = [int(path.name) for path in before.iterdir() if path.name.isdigit()]
-    numbers = sorted(number for number in numbers if number != settings.version)
     old = _read_config(before)
-    for number in numbers[-(settings.keep_versions - 1) :]:
+    for number in _kept(before, settings):
         key = weights_parameter(number)
         config.parameters[key].string_value = old.parameters[key].string_value
         for path in sorted((before / str(number)).rglob("*")):

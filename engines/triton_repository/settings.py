@@ -15,6 +15,9 @@ Backend = Literal["onnxruntime", "tensorrt", "python"]
 GRAPHS: dict[str, Precision] = {"f32": "float32", "bf16": "bfloat16"}
 """An engine's name of a precision → the bundle's."""
 
+RUNS_ON: dict[str, Literal["cpu", "gpu"]] = {"openvino": "cpu", "tensorrt": "gpu", "tensorrt-rtx": "gpu"}
+"""Runtimes of cdm-serve that run on nothing else."""
+
 
 @dataclass(frozen=True)
 class RepositorySettings:
@@ -28,11 +31,11 @@ class RepositorySettings:
         precision: `f32` or `bf16`; ONNX Runtime has no bf16 on a CPU.
         runtime: in the Python backend, `onnxruntime` (needs numpy and onnxruntime there), or the name of any other of
             cdm-serve's runtimes (needs cdm-serve there; every component's process then holds the whole bundle).
-        plans: TensorRT's engine file of every component.
+        plans: TensorRT's engine file of every component; `cdm-bench tensorrt --plans` makes them.
         device: where instances run.
         gpus: their numbers; none: an instance group on every GPU.
         instances: copies of a model that run at once, on each GPU or on the CPU.
-        threads: of every instance on a CPU; 0 lets the runtime choose.
+        threads: of every instance, on a CPU only; 0 lets the runtime choose.
         max_batch: pictures in one execution.
         dynamic_batching: whether Triton may join requests that wait.
         preferred_batches: sizes at which it stops waiting for more.
@@ -99,9 +102,7 @@ class RepositorySettings:
         ]
 
     def _backend(self, manifest: Manifest) -> list[str]:
-        found = []
-        if self.gpus and self.device == "cpu":
-            found.append(f"gpus={list(self.gpus)} means nothing with device='cpu'; choose device='gpu'")
+        found = [*self._device()]
         if self.backend != "python" and self.runtime != "onnxruntime":
             found.append(f"runtime={self.runtime!r} runs in the python backend, not in {self.backend}")
         onnxruntime = self.backend != "tensorrt" and self.runtime == "onnxruntime"
@@ -111,16 +112,30 @@ class RepositorySettings:
                 "python backend"
             )
         if self.backend == "tensorrt":
-            if self.device == "cpu":
-                found.append("TensorRT runs on GPUs; choose device='gpu'")
-            if self.threads:
-                found.append(f"threads={self.threads} means nothing to TensorRT; leave it out")
             if missing := [name for name in manifest.components if name not in self.plans]:
                 found.append(
-                    f"plans lacks {missing[0]}; the tensorrt backend needs an engine file of every component"
+                    f"plans lacks {missing[0]}; the tensorrt backend needs an engine file of every component, which "
+                    "cdm-bench tensorrt --plans DIR builds on the GPU that they shall run on"
                 )
         elif self.plans:
             found.append(f"plans mean nothing to the {self.backend} backend; choose tensorrt")
         if unknown := [name for name in self.plans if name not in manifest.components]:
             found.append(f"plans names {unknown[0]!r}; components are {', '.join(manifest.components)}")
+        return found
+
+    def _device(self) -> list[str]:
+        found = []
+        if self.gpus and self.device == "cpu":
+            found.append(f"gpus={list(self.gpus)} means nothing with device='cpu'; choose device='gpu'")
+        if wrong := [gpu for gpu in self.gpus if gpu < 0]:
+            found.append(f"gpus has {wrong[0]}; GPUs are numbered from 0")
+        if self.backend == "tensorrt" and self.device == "cpu":
+            found.append("TensorRT runs on GPUs; choose device='gpu'")
+        only = RUNS_ON.get(self.runtime, self.device)
+        if self.backend == "python" and self.device != only:
+            found.append(f"runtime={self.runtime!r} runs on a {only.upper()} only; choose device={only!r}")
+        if self.threads and self.device == "gpu":
+            found.append(
+                f"threads={self.threads} means nothing with device='gpu', where the work is the GPU's; leave it out"
+            )
         return found

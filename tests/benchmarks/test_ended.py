@@ -26,6 +26,8 @@ def test_ended_benchmark_stops_the_servers_that_it_started(number: int, tmp_path
         [sys.executable, "-m", "benchmarks.main", *command, "--out", str(tmp_path)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # A shell's background jobs, and what they start, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         until = time.monotonic() + PATIENCE_S

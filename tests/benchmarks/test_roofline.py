@@ -38,7 +38,7 @@ def test_shares_are_of_the_best_product_of_the_run(
 
 
 def test_flops_are_those_of_the_layers(tiny_bundle: Bundle, tiny_student: Path) -> None:
-    """At least those of the feed-forwards (two products of 4·width² each, image rows alone), and twice for two pictures."""
+    """At least those of the feed-forwards (two products of 4·width² each, image rows), and twice for two pictures."""
     family = load_family(tiny_student, torch.float32, only=())
     config = family.transformer.config
     width = config.num_attention_heads * config.attention_head_dim

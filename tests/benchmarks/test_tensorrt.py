@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -40,3 +42,16 @@ def test_every_component_is_built_kept_and_listed(
 def test_a_capability_that_is_no_target_is_refused(tiny_bundle: Bundle) -> None:
     with pytest.raises(RuntimeUnavailable, match=r"9\.0 is no target"):
         run(TensorRTBenchSettings(bundle=tiny_bundle.root, capabilities=["9.0"]))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"capabilities": ["8.9"]}, r"--capabilities means nothing with --plans"),
+        ({"cache_dir": Path("cache")}, r"--cache-dir means nothing with --plans"),
+        ({"precisions": ["bf16", "f32"]}, r"--plans is a folder of one precision, not of bf16, f32"),
+    ],
+)
+def test_plans_are_of_one_precision_for_the_gpu_here(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TensorRTBenchSettings(bundle=Path("bundle"), plans=Path("plans"), **given)

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -297,6 +298,23 @@ def test_export_that_nothing_stops_replaces_the_old_bundle(
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+def test_ended_export_leaves_nothing(student: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM, as a scheduler or `docker stop` sends it, in the middle of the first component."""
+    before = tree(out.parent)
+
+    def ended(*_: object) -> None:
+        assert len(list(out.parent.iterdir())) == 2  # the bundle that was there, and the one in the making
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(engines.export.export, "run_stage", ended)
+    with pytest.raises(SystemExit) as ending:
+        main([str(student), "--out", str(out)])
+    assert ending.value.code == 143
+    assert tree(out.parent) == before
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
 LIMITED = """
 import resource, sys
 from engines.export.main import main
@@ -359,6 +377,10 @@ def test_bundle_of_another_version_is_told_with_both_versions(
         load_bundle(folder)
     assert str(error.value).startswith(
         f"{folder} has bundle format {version!r}, this version serves {FORMAT_VERSION};"
+    )
+    newer = version == FORMAT_VERSION + 1
+    assert str(error.value).endswith(
+        "install the cdm-serve that wrote it" if newer else "export it again with cdm-export"
     )
     assert main([str(folder), "--to", "triton", "--out", str(tmp_path / "repository")]) == 2
     assert f"has bundle format {version!r}, this version serves" in capsys.readouterr().err

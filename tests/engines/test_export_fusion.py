@@ -180,6 +180,14 @@ def test_who_is_held_to_one_kernel(runtime: str, precision: str, component: str,
         assert judge(Apart(), component, on, Tolerance(), silent) == [allowed]
 
 
+def test_a_denoiser_whose_attention_is_not_recognised_proves_nothing() -> None:
+    nothing, on = Apart(0, 0), ("openvino", "f32", "")
+    with pytest.raises(ExportError, match="denoiser on openvino f32: no attention was recognised"):
+        judge(nothing, "denoiser", on, Tolerance(), silent)
+    assert judge(nothing, "denoiser", on, Tolerance(unfused=True), silent) == []
+    assert judge(nothing, "decoder", on, Tolerance(), silent) == []
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -135,14 +135,15 @@ def test_the_page_on_triton_shows_every_flag_and_commands_that_parse(
     assert named == flags | {"triton-url"}  # which is the server's
 
 
-def test_plans_are_named_by_component(bundle: Bundle, tmp_path: Path) -> None:
+def test_plans_are_named_by_component_or_by_their_folder(bundle: Bundle, tmp_path: Path) -> None:
     plans = {name: tmp_path / f"{name}.plan" for name in COMPONENTS}
     for path in plans.values():
         path.write_bytes(path.name.encode())
     pairs = [f"{name}={path}" for name, path in plans.items()]
     flags = ["--triton-backend", "tensorrt", "--triton-device", "gpu"]
-    config, files = write(bundle, *flags, "--triton-plans", ",".join(pairs[:2]), "--triton-plans", pairs[2])
-    assert (config.backend, files["1/model.plan"]) == ("tensorrt", b"denoiser.plan")
+    for given in ([",".join(pairs[:2]), pairs[2]], [str(tmp_path)]):
+        config, files = write(bundle, *flags, *(word for each in given for word in ("--triton-plans", each)))
+        assert (config.backend, files["1/model.plan"]) == ("tensorrt", b"denoiser.plan")
 
 
 def test_versions_stand_beside_each_other(bundle: Bundle) -> None:
@@ -166,7 +167,8 @@ def test_versions_stand_beside_each_other(bundle: Bundle) -> None:
         ("--to triton --triton-runtime fake", r"--triton-runtime=fake: no such runtime runs in Triton; there"),
         ("--to triton --triton-runtime openvino", r"of the --triton flags, runtime='openvino' runs in the python"),
         ("--to triton --triton-gpus 1", r"of the --triton flags, gpus=\[1\] means nothing with device='cpu'"),
-        ("--to triton --triton-plans denoiser", r"--triton-plans=denoiser: 'denoiser' is not COMPONENT=FILE"),
+        ("--to triton --triton-plans denoiser=", r"--triton-plans=denoiser=: 'denoiser=' is not COMPONENT=FILE"),
+        ("--to triton --triton-plans no", r"names no, which is neither COMPONENT=FILE nor a folder of COMPONENT\.plan"),
         ("--to triton --triton-plans a=b,a=c", r"a has two files, b and c; name one"),
         (
             "--to triton --triton-backend tensorrt --triton-device gpu --triton-plans "

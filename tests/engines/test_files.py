@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from engines.files import replace_folder, sha256_file, sha256_files, write_text_atomically
+from engines.files import (
+    ABANDONED_FOLDER_S,
+    remove_abandoned_folders,
+    replace_folder,
+    sha256_file,
+    sha256_files,
+    write_text_atomically,
+)
 
 
 def folder(path: Path, text: str) -> Path:
@@ -104,3 +111,23 @@ def test_writers_of_one_path_do_not_mix_theirs(tmp_path, monkeypatch):
     write_text_atomically(path, "ours")
     assert path.read_text() == "ours"
     assert [each.name for each in tmp_path.iterdir()] == ["costs.json"]
+
+
+def test_folders_of_killed_exports_go_after_a_day_and_others_stay(tmp_path):
+    target, day = tmp_path / "my-model", ABANDONED_FOLDER_S + 60
+    killed, running, other, file = (
+        tmp_path / name
+        for name in (".my-model-abc_1234", ".my-model-zzzzzzzz", ".my-model-of-mine", ".my-model-00000000")
+    )
+    for path in (killed, running, other):
+        folder(path, "weights")
+    file.touch()
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - day))
+    (running / "inner" / "file").write_text("more")
+    remove_abandoned_folders(target)
+    assert not killed.exists()
+    assert running.exists()
+    assert file.exists()
+    assert not (tmp_path / "my-model").exists()
+    remove_abandoned_folders(tmp_path / "nowhere" / "model")

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from diffusers import LongCatImageTransformer2DModel
+from diffusers.models.transformers import transformer_longcat_image
 from diffusers.models.transformers.transformer_longcat_image import LongCatImagePosEmbed
 from torch import Tensor, nn
 
@@ -109,6 +110,28 @@ def test_positions_matter(transformer: LongCatImageTransformer2DModel) -> None:
     with torch.no_grad():
         here, there = (transformer(**inputs, return_dict=False)[0] for inputs in (_inputs(), moved))
     assert float((here - there).norm() / here.norm()) > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tables", [True, False])
+def test_angles_stay_float32_where_no_rewrite_carries_them(
+    transformer: LongCatImageTransformer2DModel, monkeypatch: pytest.MonkeyPatch, tables: bool
+) -> None:
+    """`--skip-rewrites rotate_half`: diffusers hands them over as a tuple."""
+    model = copy.deepcopy(transformer)
+    if tables:
+        use_tables(model)
+    lower_(model, LongCatFamily.low_precision(None))  # type: ignore[arg-type]
+    seen: list[torch.dtype] = []
+    apply = transformer_longcat_image.apply_rotary_emb
+
+    def watched(states: Tensor, angles: tuple[Tensor, Tensor], **more: object) -> Tensor:
+        seen.extend([states.dtype, *(table.dtype for table in angles)])
+        return apply(states, angles, **more)
+
+    monkeypatch.setattr(transformer_longcat_image, "apply_rotary_emb", watched)
+    model(**_inputs(), return_dict=False)
+    assert seen == [torch.bfloat16, torch.float32, torch.float32] * 2 * len(list(attentions(model)))
 
 
 @torch.no_grad()

@@ -143,10 +143,13 @@ def test_compiled_cache_gives_the_same_picture(bundle: Bundle, tmp_path: Path) -
     blobs = sorted(tmp_path.rglob("*.blob"), key=lambda blob: blob.stem)
     assert [blob.stem for blob in blobs] == [
         "decoder",
+        "decoder-1x8x8",
         "denoiser",
-        *(f"denoiser-{batch}x8x{size}" for batch in (1, 2, 4, 8) for size in ("6x10", "8x8")),
+        *(f"denoiser-{batch}x{size}" for batch in (1, 2, 4, 8) for size in ("6x10", "8x8")),
         "text_encoder",
+        "text_encoder-1",
         "text_encoder_2",
+        "text_encoder_2-1",
     ]
     blobs[0].write_bytes(blobs[0].read_bytes()[:-1])  # a damaged file is compiled anew
     pictures.append(draw(load_engine(bundle, options), JOBS[:2]))
@@ -168,7 +171,10 @@ def test_static_shapes_are_those_that_serving_asks_for_and_memory_has_room_for(
     monkeypatch.setattr("engines.processor.memory_bytes", lambda: memory)
     engine = load_engine(bundle, replace(options, precision="f32", threads=1))
     assert isinstance(engine, OpenVINOEngine)
-    assert {shape[0] for shape in engine._static} == batches
+    assert {static.batch for static in engine._static if static.component == "denoiser"} == batches
+    assert {static.batch for static in engine._static if static.component != "denoiser"} == (
+        {min(batches)} if batches else set()
+    )
     dynamic = load_engine(bundle, EngineOptions("openvino", "f32", threads=1, max_batch=8))
     assert np.abs(draw(engine, JOBS[:2]).astype(int) - draw(dynamic, JOBS[:2])).max() <= 1
 
@@ -218,7 +224,7 @@ def test_graph_that_a_runtime_cannot_load_is_told_in_a_sentence(
 def test_openvinos_report_is_of_the_worst_graph_that_serves(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = load_engine(bundle, EngineOptions("openvino", threads=1, max_batch=2))
+    engine = load_engine(bundle, EngineOptions("openvino", threads=1, max_batch=3))
     assert isinstance(engine, OpenVINOEngine)
     good, seen = engine.fusion_report("denoiser"), []
 
@@ -230,3 +236,26 @@ def test_openvinos_report_is_of_the_worst_graph_that_serves(
     monkeypatch.setattr("engines.openvino.fusion_report", one_apart)
     assert engine.fusion_report("denoiser").attentions_fused == good.attentions - 1
     assert seen == [1, 2, 1, 2, False]
+
+
+def test_graphs_for_any_shape_are_compiled_where_a_call_needs_them(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One picture of one size is covered by static shapes; a batch of three, and another size, are not."""
+    one_size = replace(
+        bundle, manifest=bundle.manifest.model_copy(update={"sizes": bundle.manifest.sizes[:1]})
+    )
+    engine = load_engine(one_size, EngineOptions("openvino", "f32", threads=1, max_batch=1))
+    assert isinstance(engine, OpenVINOEngine)
+    assert engine._dynamic == {}
+    assert engine.fusion_report("denoiser").attentions > 0
+    alone = draw(engine, JOBS[:1])
+    assert engine._dynamic == {}
+    for served, options in (
+        (one_size, EngineOptions("openvino", "f32", threads=1, max_batch=3)),
+        (bundle, EngineOptions("openvino", "f32", threads=1, max_batch=2)),
+    ):
+        several = load_engine(served, options)
+        assert isinstance(several, OpenVINOEngine)
+        assert "decoder" in several._dynamic
+        assert np.abs(draw(several, JOBS[:1]).astype(int) - alone).max() <= 1

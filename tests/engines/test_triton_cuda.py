@@ -27,6 +27,7 @@ from engines.base import EngineOptions, GraphEngine, load_engine
 from engines.bundle import Bundle
 from engines.errors import ExecutionError, RuntimeUnavailable
 from engines.triton_cuda import TritonCudaEngine
+from engines.triton_memory import FOLDER
 from engines.triton_repository.config import model_config, model_name
 from engines.triton_repository.settings import RepositorySettings
 from tests.engines.fake_cuda import FakeCuda
@@ -63,6 +64,9 @@ class Server:
         assert isinstance(graphs, GraphEngine)
         self.graphs = graphs
         self.regions: dict[str, int] = {}
+        self.host: dict[str, str] | None = None
+        """System shared memory that it has open, by name; it takes none while this is None."""
+        self.opened: list[str] = []
         # Of every call the component, and those inputs and outputs that are named instead of sent.
         self.requests: list[tuple[str, list[str], list[str]]] = []
         self.batches: list[int] = []
@@ -87,8 +91,15 @@ class Server:
     def get_model_config(self, name: str, **_: object) -> Any:
         return SimpleNamespace(config=model_config(self.bundle.manifest, self._component(name), SETTINGS))
 
-    def register_system_shared_memory(self, *_: object, **__: object) -> None:
-        raise InferenceServerException("no system shared memory in this double")
+    def register_system_shared_memory(self, name: str, key: str, size: int, **_: object) -> None:
+        if self.host is None:
+            raise InferenceServerException("no system shared memory in this double")
+        self.host[name] = key
+        self.opened.append(key)
+
+    def unregister_system_shared_memory(self, name: str, **_: object) -> None:
+        assert self.host is not None
+        self.host.pop(name, None)
 
     def register_cuda_shared_memory(
         self, name: str, handle: bytes, device: int, size: int, **_: object
@@ -270,8 +281,24 @@ def test_a_late_call_keeps_its_memory_from_being_anothers(
     assert draw(engine, JOBS).shape == (4, 64, 64, 3)
     assert ("cudaFree", (late,)) not in cuda.calls
     assert len(server.regions) == 2
-    for region in engine._abandoned:  # a process that ends leaves it to the driver, a test must not
-        region.destroy()
+    engine.close()
+    assert (server.regions, cuda.held()) == ({}, 0)
+    engine.close()
+
+
+def test_a_late_call_s_memory_is_freed_where_the_server_never_came_back(
+    engine: TritonCudaEngine, cuda: Cuda, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.failures.append(InferenceServerException("Deadline Exceeded", "StatusCode.DEADLINE_EXCEEDED"))
+    with pytest.raises(ExecutionError, match="Deadline Exceeded"):
+        engine.encode([engine.tokenize("red apple")])
+
+    def gone(*_: object, **__: object) -> None:
+        raise InferenceServerException("failed to connect", "StatusCode.UNAVAILABLE")
+
+    monkeypatch.setattr(server, "unregister_cuda_shared_memory", gone)
+    engine.close()
+    assert cuda.held() == 0
 
 
 def test_a_failed_copy_is_an_execution_error_and_the_next_call_works(
@@ -295,15 +322,44 @@ def test_latents_of_another_size_are_refused(engine: TritonCudaEngine) -> None:
         engine.decode(mixed)
 
 
+IPC = InferenceServerException("failed to open CUDA IPC handle")
+
+
+def left(server: Server) -> list[str]:
+    """What is still shared with the server, and what of it is still in this machine's memory."""
+    return [*server.regions, *(server.host or {}), *(key for key in server.opened if (FOLDER / key).exists())]
+
+
 def test_a_server_that_cannot_open_the_memory_is_unavailable_and_nothing_is_left(
     bundle: Bundle, cuda: Cuda, server: Server
 ) -> None:
-    server.failures.append(InferenceServerException("failed to open CUDA IPC handle"))
+    server.host = {}
+    server.failures.append(IPC)
     with pytest.raises(
         RuntimeUnavailable, match=r"cannot share this process's GPU memory \(failed to open CUDA IPC"
     ):
         open_engine(bundle, cuda)
-    assert cuda.held() == 0
+    assert len(server.opened) == 1
+    assert (left(server), cuda.held()) == ([], 0)
+
+
+def test_a_server_that_comes_back_without_the_gpu_leaves_nothing_however_often_it_is_asked(
+    bundle: Bundle, cuda: Cuda, server: Server
+) -> None:
+    server.host = {}
+    engine = open_engine(bundle, cuda)
+    held = cuda.held()
+    server.regions.clear()  # restarted
+    server.failures.append(InferenceServerException("gone", "StatusCode.UNAVAILABLE"))
+    for _ in range(3):
+        with pytest.raises(ExecutionError):
+            engine.encode([engine.tokenize("red apple")])
+        assert (left(server), cuda.held()) == ([], held - 1)  # less the region
+        server.failures.append(IPC)
+    server.failures.clear()
+    engine.encode([engine.tokenize("red apple")])
+    engine.close()
+    assert (len(server.opened), left(server), cuda.held()) == (4, [], 0)
 
 
 def test_no_gpu_is_one_sentence(bundle: Bundle, cuda: Cuda, server: Server) -> None:

@@ -3,59 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from engines.bundle import Bundle, Graph, Manifest, file_ref, load_bundle, write_manifest
+from engines.bundle import Bundle, load_bundle
 from engines.errors import ExportError
-from engines.fake import fake_bundle, fake_manifest
+from engines.fake import fake_bundle
 from engines.triton_repository import repository
 from engines.triton_repository.config import model_config, model_name, weights_key
 from engines.triton_repository.repository import write_repository
 from engines.triton_repository.settings import RepositorySettings
-
-COMPONENTS = ("text_encoder", "denoiser", "decoder")
-WEIGHTS = b"external weights"
+from tests.engines.triton_bundle import COMPONENTS, WEIGHTS, known_bundle, read_config, tree
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    """Graphs of known bytes, each with a bfloat16 form; the denoiser's weights lie beside its graph."""
-    root = tmp_path / "bundle"
-    root.mkdir()
-    manifest = fake_manifest(root, name="emoji")
-    (root / "denoiser.onnx.data").write_bytes(WEIGHTS)
-    components = {}
-    for name, component in manifest.components.items():
-        graphs = {}
-        for precision, suffix in (("float32", ".onnx"), ("bfloat16", ".bf16.onnx")):
-            path = root / f"{name}{suffix}"
-            path.write_bytes(path.name.encode())
-            data = (file_ref(root, root / "denoiser.onnx.data"),) if name == "denoiser" else ()
-            graphs[precision] = Graph(file=file_ref(root, path), data=data, opset=20)
-        components[name] = component.model_copy(update={"graphs": graphs})
-    lengths = {"text_encoder_length": 77}
-    write_manifest(root, manifest.model_copy(update={"components": components, "text_lengths": lengths}))
-    return load_bundle(root)
-
-
-def read_config(out: Path, component: str) -> pb.ModelConfig:
-    """What Triton would read; the text format refuses fields that there are not."""
-    text = (out / f"emoji-{component}" / "config.pbtxt").read_text(encoding="utf-8")
-    config: pb.ModelConfig = text_format.Parse(text, pb.ModelConfig())
-    return config
+    return known_bundle(tmp_path / "bundle")
 
 
 def tensors(found: object) -> dict[str, tuple[str, list[int]]]:
     return {each.name: (pb.DataType.Name(each.data_type), list(each.dims)) for each in found}  # type: ignore[attr-defined]
-
-
-def tree(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_every_component_is_a_model_with_its_files(bundle: Bundle, tmp_path: Path) -> None:
@@ -227,50 +200,9 @@ def test_weights_are_told_apart_whatever_the_precision_served(bundle: Bundle) ->
     assert len(keys) == 4
 
 
-# versions
-
-
-def test_a_new_version_replaces_the_old_or_stands_beside_it(bundle: Bundle, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    write_repository(bundle, out, RepositorySettings())
-    key = weights_key(bundle.manifest.components["denoiser"])
-    (bundle.root / "denoiser.onnx").unlink()  # a link to it is in the repository
-    (bundle.root / "denoiser.onnx").write_bytes(b"newer")
-    manifest = _with_new_denoiser(bundle)
-    write_manifest(bundle.root, manifest)
-    newer = load_bundle(bundle.root)
-
-    write_repository(newer, out, RepositorySettings(version=2, keep_versions=2))
-    denoiser = out / "emoji-denoiser"
-    assert (denoiser / "1/model.onnx").read_bytes() == b"denoiser.onnx"
-    assert (denoiser / "1/denoiser.onnx.data").read_bytes() == WEIGHTS
-    assert (denoiser / "2/model.onnx").read_bytes() == b"newer"
-    parameters = read_config(out, "denoiser").parameters
-    assert parameters["cdm_weights.1"].string_value == key
-    assert parameters["cdm_weights.2"].string_value == weights_key(manifest.components["denoiser"]) != key
-
-    write_repository(newer, out, RepositorySettings(version=2, keep_versions=2))  # again
-    assert sorted(path.name for path in denoiser.iterdir()) == ["1", "2", "config.pbtxt"]
-
-    write_repository(newer, out, RepositorySettings(version=3, keep_versions=2))
-    assert sorted(path.name for path in denoiser.iterdir()) == ["2", "3", "config.pbtxt"]
-    write_repository(newer, out, RepositorySettings(version=4))
-    assert sorted(path.name for path in denoiser.iterdir()) == ["4", "config.pbtxt"]
-    assert "cdm_weights.3" not in read_config(out, "denoiser").parameters
-
-
-def _with_new_denoiser(bundle: Bundle) -> Manifest:
-    component = bundle.manifest.components["denoiser"]
-    graph = component.graphs["float32"].model_copy(
-        update={"file": file_ref(bundle.root, bundle.root / "denoiser.onnx")}
-    )
-    updated = component.model_copy(update={"graphs": {**component.graphs, "float32": graph}})
-    return bundle.manifest.model_copy(
-        update={"components": {**bundle.manifest.components, "denoiser": updated}}
-    )
-
-
 # mistakes
+
+python = functools.partial(RepositorySettings, backend="python")
 
 
 @pytest.mark.parametrize(
@@ -289,7 +221,14 @@ def _with_new_denoiser(bundle: Bundle) -> Manifest:
         (RepositorySettings(precision="bf16"), r"no bf16 on a CPU"),
         (RepositorySettings(backend="python", precision="bf16"), r"no bf16 on a CPU"),
         (RepositorySettings(backend="tensorrt"), r"TensorRT runs on GPUs; choose device='gpu'"),
-        (RepositorySettings(backend="tensorrt", device="gpu"), r"plans lacks text_encoder"),
+        (RepositorySettings(backend="tensorrt", device="gpu"), r"plans lacks text_encoder; .* tensorrt --plans DIR"),
+        (RepositorySettings(device="gpu", gpus=(-1,)), r"gpus has -1; GPUs are numbered from 0"),
+        (python(runtime="openvino", device="gpu", gpus=(1,)), r"'openvino' runs on a CPU only; choose device='cpu'"),
+        (python(runtime="tensorrt-rtx", threads=2), r"'tensorrt-rtx' runs on a GPU only; choose device='gpu'"),
+        (python(runtime="tensorrt"), r"runtime='tensorrt' runs on a GPU only"),
+        (python(device="gpu", threads=4), r"threads=4 means nothing with device='gpu'"),
+        (RepositorySettings(device="gpu", threads=4), r"threads=4 means nothing with device='gpu'"),
+        (python(runtime="torch", device="gpu", threads=1), r"threads=1 means nothing with device='gpu'"),
         (RepositorySettings(plans={"decoder": Path("x")}), r"plans mean nothing to the onnxruntime backend"),
     ],
 )  # fmt: skip
@@ -302,7 +241,13 @@ def test_settings_that_contradict_each_other_are_refused_and_nothing_is_written(
 
 
 def test_bf16_in_another_runtime_of_the_python_backend_is_that_runtime_s_affair(bundle: Bundle) -> None:
-    RepositorySettings(backend="python", runtime="openvino", precision="bf16").check(bundle.manifest)
+    python(runtime="openvino", precision="bf16").check(bundle.manifest)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_runtimes_of_torch_run_on_either(bundle: Bundle, device: Any) -> None:
+    for runtime in ("onnxruntime", "torch", "aotinductor"):
+        python(runtime=runtime, device=device).check(bundle.manifest)
 
 
 def test_a_precision_that_was_not_exported_names_the_remedy(tmp_path: Path) -> None:
