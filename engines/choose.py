@@ -34,6 +34,9 @@ ROUNDS = 5
 BUDGET_S = 3.0
 """A candidate is measured until either is used up, after one picture that does not count."""
 
+HOPELESS = 2.0
+"""A candidate whose first picture that counts takes so many times the fastest one's is measured no longer."""
+
 GAIN = 0.95
 """Fewer threads are taken where a picture then takes less than this share of the time: noise is no reason."""
 
@@ -102,22 +105,19 @@ def _measure_all(bundle: Bundle, options: EngineOptions) -> tuple[Engine, int, s
     reasons: list[str] = []
 
     def measure(name: str, threads: int = 0) -> None:
-        wanted = _with_threads(options, name, threads)
-        if name not in AUTO_GPU:  # whose compilers take minutes, for each largest batch anew
-            wanted = replace(wanted, max_batch=1)
+        fastest = min((item.picture_ms for item in measured), default=float("inf"))
         try:
-            engine = load_runtime(name, bundle, wanted)
+            engine = load_runtime(name, bundle, _with_threads(options, name, threads))
         except RuntimeUnavailable as error:
             reasons.append(str(error))
             return
         try:
-            found = Measured(name, engine.info.precision, _picture_ms(engine, bundle), threads)
+            found = Measured(name, engine.info.precision, _picture_ms(engine, bundle, fastest), threads)
         except EngineError as error:
             reasons.append(f"{name} fails: {error}")
             return
         finally:
             engine.close()
-        fastest = min((item.picture_ms for item in measured), default=float("inf"))
         first = found.picture_ms < fastest * (GAIN if threads else 1)
         measured.insert(0 if first else len(measured), found)
 
@@ -140,8 +140,11 @@ def _measure_all(bundle: Bundle, options: EngineOptions) -> tuple[Engine, int, s
     return engine, best.threads, why
 
 
-def _picture_ms(engine: Engine, bundle: Bundle) -> float:
-    """Median time of one whole picture of the default size and steps, prompt included."""
+def _picture_ms(engine: Engine, bundle: Bundle, fastest: float) -> float:
+    """Median time of a whole picture of the default size and steps, prompt included; of one if that is hopeless.
+
+    `fastest`: what the fastest until now takes.
+    """
     latent, size = bundle.manifest.latent, bundle.manifest.default_size
     start = noise(0, (latent.channels, size.height // latent.downscale, size.width // latent.downscale))
     tokens = engine.tokenize("a photo")
@@ -154,6 +157,8 @@ def _picture_ms(engine: Engine, bundle: Bundle) -> float:
             x, _ = engine.denoise(x, [sigma], [sigma_next], conditioning)
         engine.decode(x)
         times.append(time.perf_counter() - before)
+        if len(times) == 2 and times[1] * 1000 > HOPELESS * fastest:
+            break
     return statistics.median(times[1:]) * 1000
 
 

@@ -1,7 +1,7 @@
 """OpenVINO on the CPU: the fastest runtime there, in bfloat16 where the CPU computes it natively.
 
 Every component is compiled for each batch and size that serving asks for most (`engines/openvino_static.py`), and once
-for any other, unless those are all there are.
+for any other: those of a single picture at once, the rest when a call first needs them, as a server's warm-up does.
 
 Bfloat16 has 8 bits of mantissa: 1000·σ computed in it makes σ = 0.9 and 0.9015 the same time. The runtime has no way
 to keep chosen operations in float32, so the sines and cosines of σ are cut out of the denoiser into a small float32
@@ -25,7 +25,7 @@ from engines.bundle import Bundle
 from engines.cache import CompiledCache, code_hash, graph_hashes, shapes_of
 from engines.errors import RuntimeUnavailable, loading
 from engines.openvino_report import FusionReport, fusion_report
-from engines.openvino_static import Static, StaticRequest, covered, static_of, worth_compiling
+from engines.openvino_static import Static, StaticRequest, static_of, worth_compiling
 from engines.rows import Array, HostEngine
 
 PRECISIONS = ("auto", "f32", "bf16")
@@ -40,7 +40,6 @@ class OpenVINOEngine(HostEngine):
         super().__init__(bundle, options)
         self._core = core()
         self._graphs = {component: bundle.path(component) for component in bundle.manifest.components}
-        self._read: dict[str, ov.Model] = {}
         self._precision = choose_precision(options.precision)
         self._threads = options.threads
         self._max_batch = options.max_batch
@@ -59,16 +58,19 @@ class OpenVINOEngine(HostEngine):
         )
         weight = 4 if self._precision == "f32" else 2
         wanted = worth_compiling(self.manifest, self._max_batch, self._group, weight)
-        self._static = {static: StaticRequest(self._load(static.component, static)) for static in wanted}
+        self._wanted = frozenset(wanted)
+        self._static: dict[Static, StaticRequest] = {}
         self._dynamic: dict[str, ov.InferRequest] = {}
         for component in self._graphs:
-            if not covered(self.manifest, component, self._max_batch, self._group, self._static):
+            first = next((static for static in wanted if static.component == component), None)
+            if first is None:
                 self._request(component)
+            else:
+                self._static_request(first)
         compiled = self._models("denoiser")[0]
         needs_time = any(port.get_any_name().startswith(TIME) for port in compiled.inputs)
         self._time = self._load(TIME) if needs_time else None
         self._waves = lru_cache(maxsize=1024)(self._waves_of)
-        self._read.clear()
         self.info = EngineInfo(
             runtime="openvino",
             version=ov.__version__,
@@ -88,8 +90,9 @@ class OpenVINOEngine(HostEngine):
         outputs = tuple(self.manifest.components[component].outputs)
         if component == "denoiser":
             inputs = self.with_time(inputs)
-        if (static := self._static.get(static_of(component, inputs))) is not None:
-            return static.run(inputs, outputs)
+        static = static_of(component, inputs)
+        if static in self._wanted:
+            return self._static_request(static).run(inputs, outputs)
         results = self._request(component).infer(inputs, share_inputs=True)
         # Not by `get_any_name`: of a tensor with several names, as T5's last product has it, it may be another.
         return {name: results[name] for name in outputs}
@@ -109,8 +112,13 @@ class OpenVINOEngine(HostEngine):
         results = self._time.infer({"sigma": np.array([sigma], np.float32)})
         return tuple(results[port] for port in self._time.model_outputs)
 
+    def _static_request(self, static: Static) -> StaticRequest:
+        if static not in self._static:
+            self._static[static] = StaticRequest(self._load(static.component, static))
+        return self._static[static]
+
     def _request(self, component: str) -> ov.InferRequest:
-        """Of the model for any batch and size, which is compiled when it is first needed."""
+        """Of the model for any batch and size."""
         if component not in self._dynamic:
             self._dynamic[component] = self._load(component)
         return self._dynamic[component]
@@ -156,10 +164,7 @@ class OpenVINOEngine(HostEngine):
         return compiled.create_infer_request()
 
     def _model(self, name: str, static: Static | None) -> ov.Model:
-        component = "denoiser" if name == TIME else name
-        if component not in self._read:
-            self._read[component] = self._core.read_model(self._graphs[component])
-        model = self._read[component].clone()
+        model = self._core.read_model(self._graphs["denoiser" if name == TIME else name])
         if name == TIME or (name == "denoiser" and self._precision != "f32"):
             time = cut_time(model)
             if name == TIME:
@@ -189,7 +194,7 @@ class OpenVINOEngine(HostEngine):
         return fixed
 
     def fusion_report(self, component: str) -> FusionReport:
-        """What became of `component`: of its compiled graphs, in the worst."""
+        """What became of `component`: of its graphs that are compiled by now, in the worst."""
         source = self._core.read_model(self._graphs[component])
         reports = [fusion_report(model, source) for model in self._models(component)]
         return min(reports, key=lambda report: report.attentions_fused)

@@ -7,7 +7,7 @@ arrays by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ SHARE = 1 / 12
 """Share of the machine's memory that the weights of all static shapes may take together."""
 
 MOST = 8
-"""Static shapes of the denoiser at most: each is a compilation at a start without a cache."""
+"""Static shapes of the denoiser at most: each is a compilation, and a copy of the weights."""
 
 
 class Static(NamedTuple):
@@ -71,21 +71,6 @@ def worth_compiling(manifest: Manifest, max_batch: int, group: int, bytes_per_we
             break
         found.append(wanted)
     return found
-
-
-def covered(
-    manifest: Manifest, component: str, max_batch: int, group: int, compiled: Iterable[Static]
-) -> bool:
-    """Whether every call that serving makes of `component` has a graph of its own."""
-    factor = manifest.latent.downscale
-    batches = [group] if group else range(1, max_batch + 1)
-    sides = {(size.height // factor, size.width // factor) for size in manifest.sizes}
-    calls = {
-        Static(component, batch, side)
-        for batch in batches
-        for side in (sides if component in ("denoiser", "decoder") else {None})
-    }
-    return calls <= set(compiled)
 
 
 class StaticRequest:

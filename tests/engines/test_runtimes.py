@@ -171,8 +171,8 @@ def test_static_shapes_are_those_that_serving_asks_for_and_memory_has_room_for(
     monkeypatch.setattr("engines.processor.memory_bytes", lambda: memory)
     engine = load_engine(bundle, replace(options, precision="f32", threads=1))
     assert isinstance(engine, OpenVINOEngine)
-    assert {static.batch for static in engine._static if static.component == "denoiser"} == batches
-    assert {static.batch for static in engine._static if static.component != "denoiser"} == (
+    assert {static.batch for static in engine._wanted if static.component == "denoiser"} == batches
+    assert {static.batch for static in engine._wanted if static.component != "denoiser"} == (
         {min(batches)} if batches else set()
     )
     dynamic = load_engine(bundle, EngineOptions("openvino", "f32", threads=1, max_batch=8))
@@ -227,6 +227,10 @@ def test_openvinos_report_is_of_the_worst_graph_that_serves(
     engine = load_engine(bundle, EngineOptions("openvino", threads=1, max_batch=3))
     assert isinstance(engine, OpenVINOEngine)
     good, seen = engine.fusion_report("denoiser"), []
+    conditioning = engine.encode([engine.tokenize("red apple")]) * 3
+    x = [engine.put(starting_noise(engine, JOBS[0]))] * 3
+    for batch in (2, 3):
+        engine.denoise(x[:batch], [1.0] * batch, [0.5] * batch, conditioning[:batch])
 
     def one_apart(compiled: ov.CompiledModel, source: ov.Model) -> FusionReport:
         batch = compiled.input("x").get_partial_shape()[0]
@@ -235,27 +239,21 @@ def test_openvinos_report_is_of_the_worst_graph_that_serves(
 
     monkeypatch.setattr("engines.openvino.fusion_report", one_apart)
     assert engine.fusion_report("denoiser").attentions_fused == good.attentions - 1
-    assert seen == [1, 2, 1, 2, False]
+    assert seen == [1, 2, False]
 
 
-def test_graphs_for_any_shape_are_compiled_where_a_call_needs_them(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One picture of one size is covered by static shapes; a batch of three, and another size, are not."""
-    one_size = replace(
-        bundle, manifest=bundle.manifest.model_copy(update={"sizes": bundle.manifest.sizes[:1]})
-    )
-    engine = load_engine(one_size, EngineOptions("openvino", "f32", threads=1, max_batch=1))
+def test_graphs_are_compiled_when_a_call_first_needs_them(bundle: Bundle) -> None:
+    """A single picture's at once; the engine is ready for it before the others are there."""
+    engine = load_engine(bundle, EngineOptions("openvino", "f32", threads=1))
     assert isinstance(engine, OpenVINOEngine)
+    assert {static.batch for static in engine._static} == {1}
     assert engine._dynamic == {}
     assert engine.fusion_report("denoiser").attentions > 0
-    alone = draw(engine, JOBS[:1])
+    draw(engine, JOBS[:1])
     assert engine._dynamic == {}
-    for served, options in (
-        (one_size, EngineOptions("openvino", "f32", threads=1, max_batch=3)),
-        (bundle, EngineOptions("openvino", "f32", threads=1, max_batch=2)),
-    ):
-        several = load_engine(served, options)
-        assert isinstance(several, OpenVINOEngine)
-        assert "decoder" in several._dynamic
-        assert np.abs(draw(several, JOBS[:1]).astype(int) - alone).max() <= 1
+    conditioning = engine.encode([engine.tokenize("red apple")]) * 3
+    x = [engine.put(starting_noise(engine, JOBS[0]))] * 3
+    engine.denoise(x, [1.0] * 3, [0.5] * 3, conditioning)
+    assert set(engine._dynamic) == {"denoiser"}
+    engine.denoise(x[:2], [1.0] * 2, [0.5] * 2, conditioning[:2])
+    assert {static.batch for static in engine._static if static.component == "denoiser"} == {1, 2}
