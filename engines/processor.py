@@ -9,8 +9,8 @@ from pathlib import Path
 CPUINFO = Path("/proc/cpuinfo")
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 """One folder a GPU, from NVIDIA's driver."""
-WINDOWS_GPU = Path("/dev/dxg")
-"""A Linux inside Windows has its GPU through this."""
+DEVICES = Path("/dev")
+"""Where `nvidia0` stands for a GPU whose driver hides that folder, and `dxg` for that of a Windows around this Linux."""
 CGROUP_MEMORY = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -42,10 +42,10 @@ def available() -> int:
     return os.cpu_count() or 1
 
 
-def gpus(nvidia: Path = NVIDIA, windows: Path = WINDOWS_GPU) -> tuple[str, ...]:
+def gpus(nvidia: Path = NVIDIA, devices: Path = DEVICES) -> tuple[str, ...]:
     """Names of the NVIDIA GPUs that the driver shows, without loading anything; none: it shows none."""
     found = [_field("Model", path) or "unknown" for path in sorted(nvidia.glob("*/information"))]
-    return tuple(found or (["unknown"] if windows.exists() else []))
+    return tuple(found or ["unknown" for pattern in ("nvidia[0-9]*", "dxg") for _ in devices.glob(pattern)])
 
 
 def memory_bytes(limits: tuple[Path, ...] = CGROUP_MEMORY) -> int:
