@@ -10,7 +10,7 @@ CPUINFO = Path("/proc/cpuinfo")
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 """One folder a GPU, from NVIDIA's driver."""
 DEVICES = Path("/dev")
-"""Where `nvidia0` stands for a GPU whose driver hides that folder, and `dxg` for that of a Windows around this Linux."""
+"""Has `nvidia0` where that folder is hidden, and `dxg` for the GPU of a Windows around this Linux."""
 CGROUP_MEMORY = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
