@@ -29,14 +29,14 @@ def bundle(tmp_path: Path) -> Bundle:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     double = FakeCuda()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", double)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", double)
     return double
 
 
 @pytest.fixture
 def trt(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
     double = FakeTensorRT(cuda, rtx=False, version="10.9.0.34")
-    monkeypatch.setitem(sys.modules, "tensorrt", double)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorrt", double)
     return double
 
 
