@@ -49,7 +49,10 @@ def half_a_manifest(folder: Path) -> None:
         (flipped, "tokenizer.json is not the file that was exported: its SHA-256 is"),
         (truncated, "tokenizer.json is not the file that was exported: it has 1 bytes, not 3"),
         (missing, "lacks denoiser.onnx, which bundle.json names; export or download the bundle again"),
-        (of_another_version, "has bundle format 99, this version serves 2; export it again"),
+        (
+            of_another_version,
+            "has bundle format 99, this version serves 2; install the cdm-serve that wrote it",
+        ),
         (with_a_wrong_schedule, "it must be 5 sigmas falling strictly from 1 to 0"),
         (half_a_manifest, "bundle.json is not valid JSON"),
     ],
