@@ -259,6 +259,9 @@ class _NoPlan:
 
     text_lengths: ClassVar[dict[str, int]] = {}
 
+    def sigmas(self, *_: object) -> tuple[float, ...]:
+        return (1.0, 0.0)
+
     def stages(self, _: object) -> tuple[()]:
         return ()
 

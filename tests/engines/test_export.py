@@ -346,8 +346,8 @@ def _tampered(bundle: Bundle, folder: Path, **changes: object) -> Path:
 
 
 def test_bundle_of_another_version_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="has bundle format 3, this version serves 2; export it again"):
-        load_bundle(_tampered(bundle, tmp_path / "b", format_version=3))
+    with pytest.raises(BundleError, match="has bundle format 1, this version serves 2; export it again"):
+        load_bundle(_tampered(bundle, tmp_path / "b", format_version=1))
 
 
 @pytest.mark.parametrize("sigmas", [[1.0, 0.5, 0.5, 0.25, 0.0], [1.0, 0.0], [0.9, 0.7, 0.5, 0.2, 0.0]])
