@@ -197,8 +197,9 @@ def _write_bundle(
     write_manifest(root, manifest)
     bundle = load_bundle(root)
     manifest = verify(bundle, plan, options.runtimes, options.tolerance, progress)
-    proved = replace(bundle, manifest=manifest)
-    manifest = check_fusion(proved, options.fusion_check, options.tolerance, progress)
+    if options.fusion_check:
+        proved = replace(bundle, manifest=manifest)
+        manifest = check_fusion(proved, options.fusion_check, options.tolerance, progress)
     write_manifest(root, manifest)
     return manifest
 
