@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import engines.bundle
 import engines.export.export
 import engines.export.onnx_file
 import engines.files
@@ -245,7 +246,7 @@ def _fill(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     if moment == "tokenizer":
         monkeypatch.setattr(Path, "write_text", _full)
     elif moment == "manifest":
-        monkeypatch.setattr(Path, "write_bytes", _full)
+        monkeypatch.setattr(engines.bundle, "write_text_atomically", _full)
     elif moment == "to the disk":
         monkeypatch.setattr(os, "fsync", _full)
     elif moment == "rename":
