@@ -10,6 +10,8 @@ TRITON := .venv-triton
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
+# Of the tests; each is kept to cores of its own (tests/conftest.py).
+WORKERS ?= 2
 
 # The first of these that is at least 3.11 builds the environments; PYTHON=… overrides.
 ifndef PYTHON
@@ -28,7 +30,7 @@ serve: $(SERVE)/.installed ## install what serving needs (once) and serve on htt
 	$(SERVE)/bin/cdm-serve --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(TEST)/.installed $(TRITON)/.installed ## install everything (once) and run the tests; ARGS='-k …'
-	$(TEST)/bin/python -m pytest $(ARGS)
+	$(TEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 triton: $(TRITON)/.installed ## install Triton Inference Server's wheel, for its tests and cdm-bench triton
 

@@ -20,6 +20,16 @@ PROVENANCE_DOCUMENT = {
 }
 
 
+def pytest_configure() -> None:
+    """With several workers (`make test`), each has cores of its own: threads of two on one core wait for each other."""
+    if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+        number, count = (
+            int(os.environ[f"PYTEST_XDIST_WORKER{name}"].removeprefix("gw")) for name in ("", "_COUNT")
+        )
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[number::count] or cores)
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A `CDM_…` variable set in the shell must not change what a test sees."""
