@@ -96,6 +96,13 @@ COMMANDS = {
         epilog="cdm-bench rewrites --longcat 8 --size 512x512 --threads 2 --work runs/rewrites\n"
         "cdm-bench rewrites --model runs/emoji-cdm/student --batches 1,8",
     ),
+    "ablation": Command(
+        "benchmarks.ablation:AblationSettings",
+        "benchmarks.ablation:run",
+        "every objective with equal budgets and several seeds: Fréchet distance, alignment, diversity",
+        extra="bench",
+        epilog="cdm-bench ablation --seeds 0,1,2\ncdm-bench ablation --no-train",
+    ),
     "student": Command(
         "benchmarks.student:StudentBenchSettings",
         "benchmarks.student:run",

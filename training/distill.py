@@ -1,55 +1,75 @@
 """The CDM loop: prompts → cached embeddings → rollout → fake-teacher step → student step. Works on any family.
 
-Shapes as in `training/losses.py`; equations there and in arXiv 2605.06376. Every random number of iteration `step`
-comes from (seed, step), so an iteration can be repeated alone.
+Shapes as in `training/losses.py`; equations there and in arXiv 2605.06376. R is the samples of one micro-batch of one
+process. Ablations and the baselines without a loop of their own (decoupled DMD, DMD2) are settings of `CDMConfig`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engines.families.base import Conditioning, Family
 from training import losses
 from training.config import CDMConfig
 from training.cpu_kernels import cpu_kernels
+from training.draws import Draws, generator
+from training.means import Means, Values
 from training.prompts import EmbeddingTable, Prompts
-from training.roles import Roles
-from training.rollout import Rollout, draw_anchor, draw_schedule, rollout
-from training.run import Run, generator, numpy_generator
+from training.roles import Network, Roles
+from training.rollout import Rollout, draw_schedule, rollout
+from training.run import Run, numpy_generator
 
-PROMPTS, ROLLOUT, FAKE, STUDENT = range(4)
+PROMPTS, SCHEDULE, ROLLOUT, FAKE, STUDENT = range(5)
 """Streams of randomness within one iteration: turning one part off leaves the others' draws alone."""
 
-Values = dict[str, float]
+
+class Method(Protocol):
+    """What the loop runs: CDM and its kin here, `training/consistency.py` there."""
+
+    family: Family
+    roles: Roles
+
+    def iterate(self, step: int) -> Values:
+        """One iteration; everything to log."""
 
 
 @dataclass(frozen=True)
 class Query:
     """One point of a no-gradient pass: a network is asked for x̂0 at (x, τ) under a conditioning."""
 
-    x_BCHW: Tensor
-    tau_B: Tensor
+    x_RCHW: Tensor
+    tau_R: Tensor
     conditioning: Conditioning
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Random numbers of one branch, drawn on the CPU so that they do not depend on the device."""
+class Part:
+    """A micro-batch: its samples' numbers in the whole batch, their prompts' embeddings, and where they stand."""
 
-    generator: torch.Generator
-    device: torch.device
+    rows: Sequence[int]
+    cond: Conditioning
+    anchor: Rollout
 
-    def uniform_B(self, batch: int, low: float | Tensor, high: float | Tensor) -> Tensor:
-        """U(low, high) per sample, float32."""
-        return low + (high - low) * torch.rand(batch, generator=self.generator).to(self.device)
 
-    def normal(self, like_BCHW: Tensor) -> Tensor:
-        """ε of a tensor's shape, float32."""
-        return torch.randn(like_BCHW.shape, generator=self.generator).to(self.device)
+@dataclass(frozen=True)
+class Term:
+    """One term of the objective before the teachers are asked: x̂0 with gradient, and sg[x̂0] re-noised to τ."""
+
+    name: str
+    weight: float
+    x0_RCHW: Tensor
+    x_RCHW: Tensor
+    tau_R: Tensor
+
+    @classmethod
+    def renoised(cls, name: str, weight: float, x0_RCHW: Tensor, eps_RCHW: Tensor, tau_R: Tensor) -> Term:
+        """The term of x̂0, asked about at τ."""
+        return cls(name, weight, x0_RCHW, losses.renoise(x0_RCHW.detach(), eps_RCHW, tau_R), tau_R)
 
 
 class Distillation:
@@ -57,134 +77,182 @@ class Distillation:
 
     def __init__(
         self, family: Family, config: CDMConfig, roles: Roles, prompts: Prompts, table: EmbeddingTable,
-        pass_batch: int = 128,
+        pass_batch: int = 128, micro_batch: int = 0,
     ) -> None:  # fmt: skip
         self.family, self.config, self.roles = family, config, roles
         self.prompts, self.table = prompts, table
-        self.device = next(roles.teacher.parameters()).device
+        self.parallel = roles.parallel
+        self.device = self.parallel.device
         self.pass_batch = pass_batch
+        self.micro_batch = micro_batch
         self.latent_shape = (family.latent_channels, *family.latent_size)
+        fixed = torch.tensor(family.sigmas(config.fixed_steps)[:-1]) if config.schedule == "fixed" else None
+        self.fixed_sigma_N = fixed
 
     def iterate(self, step: int) -> Values:
         """One iteration: a fake-teacher step, and every `student_every`th time a student step. Everything to log."""
         config = self.config
-        rows = self.prompts.draw(numpy_generator(config.seed, step, PROMPTS), config.batch)
-        cond = self.table.rows(rows, self.device)
-        anchor = self.rollout(cond, self._draw(step, ROLLOUT))
-        values = self.fake_step(anchor, cond, self._draw(step, FAKE))
+        prompts = self.prompts.draw(numpy_generator(config.seed, step, PROMPTS), config.batch)
+        sigma_N = self.schedule(step)
+        parts = []
+        for rows in self.parallel.parts(config.batch, self.micro_batch):
+            cond = self.table.rows(prompts[list(rows)], self.device)
+            parts.append(Part(rows, cond, self.rollout(sigma_N, cond, self._draws(step, ROLLOUT, rows))))
+        values = self.fake_step(step, parts)
         if step % config.student_every == config.student_every - 1:
-            values |= self.student_step(anchor, cond, self._draw(step, STUDENT))
-        return values
+            values |= self.student_step(step, parts)
+        return self.parallel.mean(values)
 
-    def rollout(self, cond: Conditioning, draw: Draw) -> Rollout:
-        """The student from noise to each sample's anchor on one random schedule."""
+    def schedule(self, step: int) -> Tensor:
+        """Anchors of an iteration, `(N,)`, the same for the whole batch."""
+        if self.fixed_sigma_N is not None:
+            return self.fixed_sigma_N
         config = self.config
-        sigma_N = draw_schedule(
-            draw.generator, config.n_max, config.anchor_low, config.anchor_high, config.anchor_shift
-        )
-        k_B = draw_anchor(draw.generator, len(sigma_N), config.batch)
-        noise_BCHW = draw.normal(torch.empty(config.batch, *self.latent_shape))
+        return draw_schedule(
+            generator(config.seed, step, SCHEDULE),
+            config.n_max, config.anchor_low, config.anchor_high, config.anchor_shift,
+        )  # fmt: skip
 
-        def velocity(x_RCHW: Tensor, sigma_R: Tensor, rows: Tensor) -> Tensor:
+    def rollout(self, sigma_N: Tensor, cond: Conditioning, draws: Draws) -> Rollout:
+        """The student from noise to each sample's anchor on one schedule."""
+        k_R = draws.integers(len(sigma_N))
+        noise_RCHW = draws.normal(self.latent_shape)
+
+        def velocity(x_SCHW: Tensor, sigma_S: Tensor, rows: Tensor) -> Tensor:
             some = {name: value[rows] for name, value in cond.items()}
-            return self.family.velocity(self.roles.student.net, x_RCHW, sigma_R, some)
+            return self.velocity(self.roles.student, x_SCHW, sigma_S, some)
 
-        return rollout(velocity, noise_BCHW, sigma_N, k_B, config.truncated_rollout)
+        return rollout(velocity, noise_RCHW, sigma_N, k_R, self.config.truncated_rollout)
 
-    def fake_step(self, anchor: Rollout, cond: Conditioning, draw: Draw) -> Values:
+    def fake_step(self, step: int, parts: Sequence[Part]) -> Values:
         """Flow matching of φ on the student's samples, then the merge φ ← 0.999·φ + 0.001·θ."""
-        config, fake = self.config, self.roles.fake
-        sigma_B = draw.uniform_B(config.batch, config.tau_low, config.tau_high)
-        eps_BCHW = draw.normal(anchor.x0_BCHW)
-        x_BCHW = losses.renoise(anchor.x0_BCHW, eps_BCHW, sigma_B)
-        v_BCHW = self.family.velocity(fake.net, x_BCHW, sigma_B, cond)
-        loss, _ = losses.fake_teacher_loss(v_BCHW, anchor.x0_BCHW, eps_BCHW)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = fake.update(config)
+        config, fake, means = self.config, self.roles.fake, Means()
+        with fake.training():
+            for part in parts:
+                draws, x0_RCHW = self._draws(step, FAKE, part.rows), part.anchor.x0_BCHW
+                sigma_R = draws.uniform_between(config.tau_low, config.tau_high)
+                eps_RCHW = draws.normal(self.latent_shape)
+                x_RCHW = losses.renoise(x0_RCHW, eps_RCHW, sigma_R)
+                v_RCHW = self.velocity(fake, x_RCHW, sigma_R, part.cond)
+                loss, info = losses.fake_teacher_loss(v_RCHW, x0_RCHW, eps_RCHW)
+                self.backward(loss, part)
+                means.add(info, len(part.rows))
+        norm = fake.update(step)
         self.roles.merge_fake()
-        return {"fake": float(loss.detach()), "fake_norm": norm}
+        return means.values() | {"fake_norm": norm}
 
-    def student_step(self, anchor: Rollout, cond: Conditioning, draw: Draw) -> Values:
+    def student_step(self, step: int, parts: Sequence[Part]) -> Values:
         """CA + DM at the anchor and CDM off the trajectory, one backward."""
-        loss, values = self.student_loss(anchor, cond, draw)
-        loss.backward()  # type: ignore[no-untyped-call]
-        values["student_norm"] = self.roles.student.update(self.config)
-        self.roles.ema.update(self.roles.student.mixed.masters)
-        return values
+        means, student = Means(), self.roles.student
+        with student.training():
+            for part in parts:
+                loss, info = self.student_loss(part, self._draws(step, STUDENT, part.rows))
+                self.backward(loss, part)
+                means.add(info, len(part.rows))
+        norm = student.update(step)
+        self.roles.ema.update(student.masters)
+        return means.values() | {"student_norm": norm}
 
-    def student_loss(self, anchor: Rollout, cond: Conditioning, draw: Draw) -> tuple[Tensor, Values]:
+    def student_loss(self, part: Part, draws: Draws) -> tuple[Tensor, losses.Info]:
         """The student's objective with gradient, and its terms."""
-        config, student = self.config, self.roles.student.net
-        batch, low, high = config.batch, config.tau_low, config.tau_high
-        uncond = self.table.unconditional(batch, self.device)
-        tau_ca_B = draw.uniform_B(batch, 0.0, anchor.sigma_B).clamp(low, high)  # τ ~ U(0, σ_k), clamped
-        tau_dm_B = draw.uniform_B(batch, low, high)
-        tau_cdm_B = draw.uniform_B(batch, low, high)
-        sigma_off_B = draw.uniform_B(batch, low, high)  # σ', above or below σ_k
-        eps_ca_BCHW, eps_dm_BCHW, eps_cdm_BCHW = (draw.normal(anchor.x_BCHW) for _ in range(3))
-
-        # Student forwards, with gradient: at the anchor (CA and DM use the same), and off the trajectory.
-        x0_ca_BCHW = self.x0(student, anchor.x_BCHW, anchor.sigma_B, cond)
-        x0_dm_BCHW = x0_ca_BCHW
-        if not config.shared_forward:
-            x0_dm_BCHW = self.x0(student, anchor.x_BCHW, anchor.sigma_B, cond)
-        x_off_BCHW = losses.off_trajectory(anchor.x_BCHW, anchor.v_BCHW, anchor.sigma_B, sigma_off_B)
-        x0_off_BCHW = self.x0(student, x_off_BCHW, sigma_off_B, cond)
-
-        # Both teachers at sg[x̂0] re-noised, without gradient: one batch each.
-        x_ca_BCHW = losses.renoise(x0_ca_BCHW.detach(), eps_ca_BCHW, tau_ca_B)
-        at_dm = Query(losses.renoise(x0_dm_BCHW.detach(), eps_dm_BCHW, tau_dm_B), tau_dm_B, cond)
-        at_cdm = Query(losses.renoise(x0_off_BCHW.detach(), eps_cdm_BCHW, tau_cdm_B), tau_cdm_B, cond)
-        at_ca, at_ca_empty = Query(x_ca_BCHW, tau_ca_B, cond), Query(x_ca_BCHW, tau_ca_B, uncond)
-        teacher_ca, teacher_empty, teacher_dm, teacher_cdm = self.x0_of_all(
-            self.roles.teacher, [at_ca, at_ca_empty, at_dm, at_cdm]
+        config = self.config
+        terms = self.terms(part, draws)
+        matched = [term for term in terms if term.name != "ca"]
+        uncond = self.table.unconditional(len(part.rows), self.device)
+        emptied = terms if config.dm_guidance != 1 else [term for term in terms if term.name == "ca"]
+        # Both teachers, without gradient: one batch each.
+        at = [Query(term.x_RCHW, term.tau_R, part.cond) for term in terms]
+        at_empty = [Query(term.x_RCHW, term.tau_R, uncond) for term in emptied]
+        asked = self.x0_of_all(self.roles.teacher, [*at, *at_empty])
+        cond = dict(zip([term.name for term in terms], asked, strict=False))
+        empty = dict(zip([term.name for term in emptied], asked[len(terms) :], strict=True))
+        asked_fake = self.x0_of_all(
+            self.roles.fake, [Query(term.x_RCHW, term.tau_R, part.cond) for term in matched]
         )
-        fake_dm, fake_cdm = self.x0_of_all(self.roles.fake.net, [at_dm, at_cdm])
+        fake = dict(zip([term.name for term in matched], asked_fake, strict=True))
 
-        delta_ca_BCHW = losses.ca_delta(teacher_ca, teacher_empty, config.guidance)
-        delta_dm_BCHW = losses.dm_delta(teacher_dm, fake_dm)
-        floor = config.weight_floor
-        ca, ca_info = losses.distribution_matching_loss(x0_ca_BCHW, teacher_ca, delta_ca_BCHW, floor)
-        dm, dm_info = losses.distribution_matching_loss(x0_dm_BCHW, teacher_dm, delta_dm_BCHW, floor)
-        cdm, cdm_info = losses.cdm_loss(x0_off_BCHW, teacher_cdm, fake_cdm, floor)
-        loss = config.weight_ca * ca + config.weight_dm * dm + config.weight_cdm * cdm
+        floor, loss, values = config.weight_floor, torch.zeros((), device=self.device), losses.Info()
+        for term in terms:
+            teacher = cond[term.name]
+            if term.name == "ca":
+                value, info = losses.ca_loss(term.x0_RCHW, teacher, empty["ca"], config.guidance, floor)
+            else:
+                if config.dm_guidance != 1:
+                    teacher = losses.guided_x0(teacher, empty[term.name], config.dm_guidance)
+                of_term = losses.dm_loss if term.name == "dm" else losses.cdm_loss
+                value, info = of_term(term.x0_RCHW, teacher, fake[term.name], floor)
+            loss = loss + term.weight * value
+            values |= {term.name if key == "loss" else f"{term.name}_{key}": v for key, v in info.items()}
+        if "ca" in cond and "dm" in cond:
+            values["cos_ca_dm"] = losses.mean_cosine(cond["ca"] - empty["ca"], cond["dm"] - fake["dm"])
+        x0_RCHW = terms[0].x0_RCHW.detach()
+        values |= {"student": loss.detach(), "x0_mean": x0_RCHW.mean(), "x0_std": x0_RCHW.std()}
+        return loss, values
 
-        values = {
-            "student": loss.detach(),
-            "cos_ca_dm": losses.mean_cosine(delta_ca_BCHW, delta_dm_BCHW),
-            "x0_mean": x0_dm_BCHW.detach().mean(),
-            "x0_std": x0_dm_BCHW.detach().std(),
-        }
-        for term, info in (("ca", ca_info), ("dm", dm_info), ("cdm", cdm_info)):
-            values |= {term if key == "loss" else f"{term}_{key}": value for key, value in info.items()}
-        return loss, {key: float(value) for key, value in values.items()}
+    def terms(self, part: Part, draws: Draws) -> list[Term]:
+        """The student's forwards, with gradient, at the anchor (CA, DM) and off the trajectory (CDM), re-noised.
 
-    def x0(self, net: nn.Module, x_BCHW: Tensor, sigma_B: Tensor, cond: Conditioning) -> Tensor:
+        Every number is drawn whichever terms are in force, so that an ablation leaves the others' draws alone.
+        """
+        config, student, anchor = self.config, self.roles.student, part.anchor
+        low, high = config.tau_low, config.tau_high
+        tau_ca_R = draws.uniform_between(0.0, anchor.sigma_B).clamp(low, high)  # τ ~ U(0, σ_k), clamped
+        tau_dm_R, tau_cdm_R = draws.uniform_between(low, high), draws.uniform_between(low, high)
+        top = anchor.sigma_B.clamp(low, high) if config.off_below_anchor else high
+        sigma_off_R = draws.uniform_between(low, top)  # σ'
+        eps_ca, eps_dm, eps_cdm, eps_off = (draws.normal(self.latent_shape) for _ in range(4))
+
+        terms: list[Term] = []
+        x0_RCHW: Tensor | None = None
+        for name, weight, tau_R, eps_RCHW in (
+            ("ca", config.weight_ca, tau_ca_R, eps_ca), ("dm", config.weight_dm, tau_dm_R, eps_dm)
+        ):  # fmt: skip
+            if not weight:
+                continue
+            if x0_RCHW is None or not config.shared_forward:
+                x0_RCHW = self.x0(student, anchor.x_BCHW, anchor.sigma_B, part.cond)
+            terms.append(Term.renoised(name, weight, x0_RCHW, eps_RCHW, tau_R))
+        if config.weight_cdm:
+            x_off_RCHW, sigma_off_R = losses.off_trajectory(config.off_trajectory, anchor, sigma_off_R, eps_off)
+            x0_off_RCHW = self.x0(student, x_off_RCHW, sigma_off_R, part.cond)
+            terms.append(Term.renoised("cdm", config.weight_cdm, x0_off_RCHW, eps_cdm, tau_cdm_R))
+        return terms
+
+    def velocity(self, network: Network, x_RCHW: Tensor, sigma_R: Tensor, cond: Conditioning) -> Tensor:
+        """v of one network."""
+        with network.active():
+            return self.family.velocity(network.net, x_RCHW, sigma_R, cond)
+
+    def x0(self, network: Network, x_RCHW: Tensor, sigma_R: Tensor, cond: Conditioning) -> Tensor:
         """x̂0 of one network, float32."""
-        return losses.predict_x0(x_BCHW, self.family.velocity(net, x_BCHW, sigma_B, cond), sigma_B)
+        return losses.predict_x0(x_RCHW, self.velocity(network, x_RCHW, sigma_R, cond), sigma_R)
 
     @torch.no_grad()
-    def x0_of_all(self, net: nn.Module, queries: Sequence[Query]) -> list[Tensor]:
+    def x0_of_all(self, network: Network, queries: Sequence[Query]) -> list[Tensor]:
         """x̂0 at every query, in as few passes of at most `pass_batch` samples as it takes."""
-        x = torch.cat([query.x_BCHW for query in queries])
-        tau = torch.cat([query.tau_B for query in queries])
-        cond = {
-            name: torch.cat([query.conditioning[name] for query in queries])
-            for name in queries[0].conditioning
-        }
+        if not queries:
+            return []
+        x = torch.cat([query.x_RCHW for query in queries])
+        tau = torch.cat([query.tau_R for query in queries])
+        names = queries[0].conditioning
+        cond = {name: torch.cat([query.conditioning[name] for query in queries]) for name in names}
         parts = []
         for start in range(0, len(x), self.pass_batch):
             part = slice(start, start + self.pass_batch)
-            parts.append(
-                self.x0(net, x[part], tau[part], {name: value[part] for name, value in cond.items()})
-            )
-        return list(torch.split(torch.cat(parts), [len(query.x_BCHW) for query in queries]))
+            some = {name: value[part] for name, value in cond.items()}
+            parts.append(self.x0(network, x[part], tau[part], some))
+        return list(torch.split(torch.cat(parts), [len(query.x_RCHW) for query in queries]))
 
-    def _draw(self, step: int, stream: int) -> Draw:
-        return Draw(generator(self.config.seed, step, stream), self.device)
+    def backward(self, loss: Tensor, part: Part) -> None:
+        """Gradients of a micro-batch's mean, as its share of this process's mean."""
+        share = len(part.rows) / self.parallel.share(self.config.batch)
+        (loss * share).backward()  # type: ignore[no-untyped-call]
+
+    def _draws(self, step: int, stream: int, rows: Sequence[int]) -> Draws:
+        return Draws(self.config.seed, step, stream, rows, self.device)
 
 
-def distill(work: Distillation, run: Run, after: Callable[[int], None] = lambda done: None) -> int:
+def distill(work: Method, run: Run, after: Callable[[int], None] = lambda done: None) -> int:
     """Iterate until `run` is complete, from its newest checkpoint if it has one; the number of iterations behind it.
 
     `after` is called with the number of iterations done, after each: sample grids, exports.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,7 @@ from torch import nn
 from engines.cli import CommandSettings
 from engines.families.base import Family, load_family
 from training.emoji.dataset import EmojiDataset
+from training.errors import TrainingError
 from training.evalset import EvalSet, Scorer, choose, pictures, table
 from training.evaluator import ASSETS, Evaluator
 from training.sampling import generate, round_trip
@@ -44,6 +46,9 @@ class EvaluateSettings(CommandSettings, env_prefix="CDM_EVALUATE_"):
     folder: CliPositionalArg[Path] = Field(description="diffusers folder of the model")
     steps: list[Annotated[int, Field(ge=1)]] = Field(
         [4], min_length=1, description="step counts, one row each"
+    )
+    sigmas: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        [], description="one more row: these σ, from 1 downwards and after the shift, in place of the model's own"
     )
     guidance: float = Field(
         1.0, ge=0, description="classifier-free guidance; other than 1 it doubles the NFE"
@@ -76,6 +81,8 @@ class EvaluateSettings(CommandSettings, env_prefix="CDM_EVALUATE_"):
 def evaluate(settings: EvaluateSettings) -> int:
     """Measure, print the table and one JSON line."""
     torch.set_num_threads(settings.threads)
+    if settings.sigmas and (settings.sigmas[0] != 1 or settings.sigmas != sorted(settings.sigmas, reverse=True)):
+        raise TrainingError(f"--sigmas={settings.sigmas}: a schedule begins at 1 and falls; 0 is added at its end")
     data = EmojiDataset.load(settings.data)
     if settings.record:
         read_recorded(settings.folder)  # refused now, not after the measuring
@@ -85,7 +92,9 @@ def evaluate(settings: EvaluateSettings) -> int:
     rows = baselines(scorer, family) if settings.baselines else []
     with progress() as bar:
         for steps in settings.steps:
-            rows.append(measure(scorer, family, steps, settings, bar))
+            rows.append(measure(scorer, family, family.sigmas(steps), settings, bar))
+        if settings.sigmas:
+            rows.append(measure(scorer, family, (*settings.sigmas, 0.0), settings, bar, "own σ"))
     result = {"benchmark": "evaluate", **conditions(chosen, settings), "rows": rows}
     print(
         f"{len(chosen.prompts_P)} prompts (half seen, half held out), top-1 among {settings.choices} captions; Fréchet "
@@ -151,13 +160,14 @@ def baselines(scorer: Scorer, family: Family) -> list[dict[str, Any]]:
 
 
 def measure(
-    scorer: Scorer, family: Family, steps: int, settings: EvaluateSettings, bar: Progress
-) -> dict[str, Any]:
-    """One row: one picture per prompt, and for some prompts a few more seeds."""
-    chosen, captions = scorer.chosen, scorer.chosen.captions
+    scorer: Scorer, family: Family, sigmas: Sequence[float], settings: EvaluateSettings, bar: Progress, note: str = ""
+) -> dict[str, Any]:  # fmt: skip
+    """One row: one picture per prompt along `sigmas` (ending in 0), and for some prompts a few more seeds."""
+    chosen, captions, steps = scorer.chosen, scorer.chosen.captions, len(sigmas) - 1
     guided = settings.guidance != 1.0
     name = f"{settings.name or settings.folder.name}, {steps} step{'s' if steps > 1 else ''}"
     name += f", guidance {settings.guidance:g}" if guided else ""
+    name += f", {note}" if note else ""
     few = (
         np.linspace(0, len(captions) - 1, min(settings.diversity_prompts, len(captions))).round().astype(int)
     )
@@ -174,11 +184,13 @@ def measure(
         settings.guidance,
         settings.batch,
         lambda count: bar.advance(task, count),
+        sigmas,
     )
     seconds = time.perf_counter() - start
     row: dict[str, Any] = {
         "name": name,
         "steps": steps,
+        "sigmas": [round(sigma, 6) for sigma in sigmas],
         "guidance": settings.guidance,
         "nfe": steps * (2 if guided else 1),
         "scores": scorer.score(made[: len(captions)]),

@@ -11,10 +11,25 @@ Losses return `(loss, info)`: a float32 scalar to differentiate, and detached fl
 
 from __future__ import annotations
 
+from typing import Literal, Protocol
+
 import torch
 from torch import Tensor
 
 Info = dict[str, Tensor]
+
+
+class Anchor(Protocol):
+    """A rollout at each sample's anchor."""
+
+    @property
+    def x_BCHW(self) -> Tensor: ...
+    @property
+    def v_BCHW(self) -> Tensor: ...
+    @property
+    def x0_BCHW(self) -> Tensor: ...
+    @property
+    def sigma_B(self) -> Tensor: ...
 
 
 def per_sample(value_B: Tensor) -> Tensor:
@@ -55,6 +70,11 @@ def dm_delta(x0_teacher_BCHW: Tensor, x0_fake_BCHW: Tensor) -> Tensor:
     return x0_teacher_BCHW - x0_fake_BCHW
 
 
+def guided_x0(x0_cond_BCHW: Tensor, x0_uncond_BCHW: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance of x̂0 (Ho & Salimans 2022): the teacher of DMD2's DM term, where CDM has none."""
+    return x0_uncond_BCHW + scale * (x0_cond_BCHW - x0_uncond_BCHW)
+
+
 def distribution_matching_loss(
     x0_student_BCHW: Tensor, x0_teacher_BCHW: Tensor, delta_BCHW: Tensor, floor: float = 0.1
 ) -> tuple[Tensor, Info]:
@@ -75,14 +95,24 @@ def distribution_matching_loss(
         "weight": weight_B.mean(),
         "distance": distance_B.mean(),
         "delta": delta_BCHW.detach().float().abs().mean(),
+        "floored": (distance_B < floor).float().mean(),
     }
 
 
-def off_trajectory(
-    x_anchor_BCHW: Tensor, v_anchor_BCHW: Tensor, sigma_B: Tensor, sigma_off_B: Tensor
-) -> Tensor:
-    """Where the CDM term asks the student: x_{σ'} = x_k + (σ'−σ_k)·sg[v_k], a straight line off the rollout at k."""
-    return euler_step(x_anchor_BCHW.detach(), v_anchor_BCHW.detach(), sigma_B, sigma_off_B)
+def ca_loss(
+    x0_BCHW: Tensor, x0_cond_BCHW: Tensor, x0_uncond_BCHW: Tensor, guidance: float, floor: float = 0.1
+) -> tuple[Tensor, Info]:
+    """CFG augmentation at the anchor: both x̂0 are the teacher's, with and without the prompt."""
+    delta_BCHW = ca_delta(x0_cond_BCHW, x0_uncond_BCHW, guidance)
+    return distribution_matching_loss(x0_BCHW, x0_cond_BCHW, delta_BCHW, floor)
+
+
+def dm_loss(
+    x0_BCHW: Tensor, x0_teacher_BCHW: Tensor, x0_fake_BCHW: Tensor, floor: float = 0.1
+) -> tuple[Tensor, Info]:
+    """Distribution matching at the anchor."""
+    delta_BCHW = dm_delta(x0_teacher_BCHW, x0_fake_BCHW)
+    return distribution_matching_loss(x0_BCHW, x0_teacher_BCHW, delta_BCHW, floor)
 
 
 def cdm_loss(
@@ -91,14 +121,31 @@ def cdm_loss(
     """Continuous-time distribution matching: the DM gradient where the few-step grid never comes.
 
     Args:
-        x0_local_BCHW: x̂0 of a fresh student forward at (`off_trajectory(…, σ')`, σ'), with gradient.
+        x0_local_BCHW: x̂0 of a fresh student forward at `off_trajectory(…)`, with gradient.
         x0_teacher_BCHW, x0_fake_BCHW: both teachers at sg[x̂0_local] re-noised to an independent τ, conditional.
         floor: least mean distance in the weight.
     """
     # Δ = x̂0_teacher(cond) − x̂0_fake(cond); loss = mean (x̂0 − sg[x̂0 + w·Δ])²
-    return distribution_matching_loss(
-        x0_local_BCHW, x0_teacher_BCHW, dm_delta(x0_teacher_BCHW, x0_fake_BCHW), floor
-    )
+    delta_BCHW = dm_delta(x0_teacher_BCHW, x0_fake_BCHW)
+    return distribution_matching_loss(x0_local_BCHW, x0_teacher_BCHW, delta_BCHW, floor)
+
+
+def off_trajectory(
+    kind: Literal["velocity", "gaussian", "none"], anchor: Anchor, sigma_off_B: Tensor, eps_BCHW: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where the CDM term asks the student: (x, σ), without gradient.
+
+    - velocity, the paper's: x_{σ'} = x_k + (σ'−σ_k)·sg[v_k], a straight line off the rollout at k.
+    - gaussian: x_{σ'} = (1−σ')·sg[x̂0] + σ'·ε, the same x̂0 with fresh noise. The paper names a "Gaussian
+      perturbation" without a formula; this is our reading.
+    - none: the anchor itself.
+    """
+    if kind == "none":
+        return anchor.x_BCHW.detach(), anchor.sigma_B
+    if kind == "gaussian":
+        return renoise(anchor.x0_BCHW.detach(), eps_BCHW, sigma_off_B), sigma_off_B
+    moved_BCHW = euler_step(anchor.x_BCHW.detach(), anchor.v_BCHW.detach(), anchor.sigma_B, sigma_off_B)
+    return moved_BCHW, sigma_off_B
 
 
 def mean_cosine(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:

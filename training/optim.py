@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from training.checkpoint import require_same_tensors
+from training.config import OptimConfig
+from training.errors import TrainingError
+from training.parallel import Parallel, local
 
 
 class MixedPrecision:
-    """Float32 master weights beside a model whose parameters compute in `dtype`.
+    """Float32 master weights beside parameters that compute in `dtype`.
 
     Optimizers and EMA see `masters`; the model sees rounded copies. Measured 1.35× faster than autocast on CPU, because
-    nothing is cast inside the step. With `dtype=float32` masters and model share storage and nothing is copied.
+    nothing is cast inside the step. With `dtype=float32` masters and parameters share storage. Sharded parameters
+    (FSDP2) have sharded masters: plain tensors, this process's part.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, names: Collection[str] | None = None,
+        parallel: Parallel | None = None,
+    ) -> None:  # fmt: skip
+        """Masters of the parameters `names` (None: all that require a gradient); the whole model is cast to `dtype`."""
+        if names is None:
+            names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.parallel = parallel
         self._same = dtype == torch.float32
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters: dict[str, Tensor] = {
-            name: p.detach() if self._same else p.detach().float().clone() for name, p in trained.items()
-        }
+        before = dict(model.named_parameters())
+        shards = {name: local(before[name].detach()) for name in names}
+        self.masters = {n: shard if self._same else shard.float().clone() for n, shard in shards.items()}
         if not self._same:
-            nn.Module.to(
-                model, dtype
-            )  # diffusers overrides `to` with a note about float32 modules it has none of
-        self._copies: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-        if self._same:
-            self.masters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            nn.Module.to(model, dtype)  # torch's own: diffusers' warns of float32 modules that it has none of
+        after = dict(model.named_parameters())
+        self.trained = {name: after[name] for name in names}
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -39,24 +46,30 @@ class MixedPrecision:
         return list(self.masters.values())
 
     def step(self, *optimizers: torch.optim.Optimizer, clip: float, lr: float | None = None) -> float:
-        """Clip the gradients' norm, step, clear, and refresh the copies. The norm before clipping.
+        """Average the gradients over processes, clip their norm, step, clear, refresh. The norm before clipping.
 
         A non-finite norm skips the update: the caller's loss check reports it.
         """
-        masters = self.parameters
-        if not self._same:
-            for master, copy in zip(masters, self._copies, strict=True):
-                master.grad = None if copy.grad is None else copy.grad.float()
-                copy.grad = None
-        norm = nn.utils.clip_grad_norm_(masters, clip).item()
+        gradients = []
+        for master, parameter in zip(self.parameters, self.trained.values(), strict=True):
+            if parameter.grad is not None:
+                master.grad = local(parameter.grad).float()
+                gradients.append(master.grad)
+                parameter.grad = None
+        if self.parallel is not None:
+            self.parallel.average_(gradients)
+        total = nn.utils.get_total_norm(gradients) if self.parallel is None else self.parallel.norm(gradients)
+        norm = total.item()
         if math.isfinite(norm):
+            if norm > clip:
+                torch._foreach_mul_(gradients, clip / (norm + 1e-6))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     if lr is not None:
                         group["lr"] = lr * group.get("lr_scale", 1.0)
                 optimizer.step()
             self.refresh()
-        for master in masters:
+        for master in self.parameters:
             master.grad = None
         return norm
 
@@ -64,7 +77,13 @@ class MixedPrecision:
     def refresh(self) -> None:
         """Copy masters into the model."""
         if not self._same:
-            torch._foreach_copy_(self._copies, self.parameters)
+            self.show(self.masters)
+
+    @torch.no_grad()
+    def show(self, values: Mapping[str, Tensor]) -> None:
+        """Put other values than the masters into the model, until the next `refresh`."""
+        copies = [local(parameter.detach()) for parameter in self.trained.values()]
+        torch._foreach_copy_(copies, [values[name] for name in self.trained])
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -79,6 +98,29 @@ class MixedPrecision:
         self.refresh()
 
 
+def adamw(masters: Sequence[Tensor], config: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """The configured AdamW over float32 tensors.
+
+    Raises:
+        TrainingError: an 8-bit one without bitsandbytes.
+    """
+    settings: dict[str, Any] = {
+        "lr": lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps,
+        "weight_decay": config.weight_decay,
+    }  # fmt: skip
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(masters, fused=True, **settings)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise TrainingError(
+            "--optimizer=adamw8bit needs bitsandbytes, which is not installed; `pip install bitsandbytes`, or leave "
+            "--optimizer at adamw"
+        ) from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(list(masters), **settings)
+    return optimizer
+
+
 def warmup(step: int, total: int, warm: int, then: Literal["constant", "cosine"]) -> float:
     """Learning-rate factor: linear from 0 over `warm` steps, then constant or half a cosine to 0 at `total`."""
     if step < warm:
@@ -86,6 +128,12 @@ def warmup(step: int, total: int, warm: int, then: Literal["constant", "cosine"]
     if then == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def cooled(step: int, total: int, cooldown: int) -> float:
+    """Learning-rate factor of iteration `step`: 1, then linearly towards 0 over the last `cooldown` of `total`."""
+    left = total - step
+    return 1.0 if left > cooldown else left / (cooldown + 1)
 
 
 def split_muon(

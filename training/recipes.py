@@ -2,20 +2,22 @@
 
     config = emoji_cdm().model_copy(update={"weight_cdm": 0.0})
 
-A variant is a call and a change. Only here does distillation know of emoji: a prompt source and default folders.
+`--variant` puts another objective into a recipe (`training/variants.py`). Only here does distillation know of emoji: a
+prompt source and default folders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, create_model
 
 from engines.cli import CommandSettings
-from training.config import CDMConfig
+from training.config import CDMConfig, ConsistencyConfig, MachineConfig, OptimConfig
 from training.errors import TrainingError
+from training.variants import changes
 
 if TYPE_CHECKING:
     from training.prompts import Prompts
@@ -25,12 +27,18 @@ CAPTIONS_PER_PICTURE = 4
 
 
 def sd3_cdm() -> CDMConfig:
-    """SD3-Medium as published: full fine-tuning at 1024², 4001 fake-teacher and 2000 student steps.
-
-    What other recipes are measured against. No command runs it yet: that takes a device setting and gradient
-    accumulation, for three networks of 2 billion parameters and a batch of 128.
-    """
+    """SD3-Medium as published: full fine-tuning at 1024², 4001 fake-teacher and 2000 student steps of 128 prompts."""
     return CDMConfig()
+
+
+def sd35_cdm() -> CDMConfig:
+    """SD3.5-Medium, with SD3-Medium's published settings: it was not published itself."""
+    return sd3_cdm()
+
+
+def longcat_cdm() -> CDMConfig:
+    """LongCat-Image as published: 2001 fake-teacher and 1000 student steps of 64 prompts, all else as SD3-Medium."""
+    return CDMConfig(steps=2001, batch=64)
 
 
 def emoji_cdm() -> CDMConfig:
@@ -42,10 +50,20 @@ def emoji_cdm() -> CDMConfig:
     return CDMConfig(n_max=8, steps=1000, batch=16, lr_student=1e-4, lr_fake=2e-4, guidance=3.0)
 
 
-class DistilSettings(CommandSettings, CDMConfig):  # type: ignore[misc]  # two kinds of model_config, merged by pydantic
-    """Distil a teacher into a few-step student; the same command resumes."""
+def emoji_consistency() -> ConsistencyConfig:
+    """Consistency distillation of the bundled model: its teacher's guidance, and the budget of `emoji_cdm`."""
+    return ConsistencyConfig(steps=1000, batch=16, lr_student=1e-4, guidance=4.0)
 
-    teacher: Path = Field(description="the teacher: a local diffusers folder")
+
+def sd3_consistency() -> ConsistencyConfig:
+    """Consistency distillation with the budget of `sd3_cdm`; a baseline of ours, with no published numbers."""
+    return ConsistencyConfig()
+
+
+class TrainSettings(CommandSettings, MachineConfig):  # type: ignore[misc]  # model_configs are merged by pydantic
+    """What every distillation asks beside its constants."""
+
+    teacher: Path = Field(description="the teacher: a local diffusers folder, or a hub id such as org/name")
     prompts: Path = Field(
         description="prompt list (.txt, one a line, or .jsonl with `prompt` and maybe `weight`)"
     )
@@ -57,50 +75,110 @@ class DistilSettings(CommandSettings, CDMConfig):  # type: ignore[misc]  # two k
     export_every: int = Field(
         0, ge=0, description="steps between exports of the averaged student; 0: at the end only"
     )
-    pass_batch: int = Field(128, ge=1, description="most samples in one no-gradient pass of a network")
     max_embedding_gb: float = Field(8.0, gt=0, description="most memory for prompt embeddings")
-    threads: int = Field(1, ge=1, description="CPU threads")
+
+    def config(self) -> OptimConfig:
+        """The part that decides what is learnt."""
+        raise NotImplementedError
+
+    def recipe(self) -> str:
+        """What provenance calls it: `emoji_cdm` of the prefix `CDM_EMOJI_CDM_`."""
+        return str(self.model_config["env_prefix"]).removeprefix("CDM_").rstrip("_").lower()
+
+
+class DistilSettings(TrainSettings, CDMConfig):  # type: ignore[misc]
+    """Distil a teacher into a few-step student; the same command resumes."""
+
+    variant: Literal[
+        "cdm", "parity", "dmd2", "decoupled", "dynamic", "no-dm", "no-ca", "ca-only", "dm-only", "cdm-only",
+        "fixed", "no-perturbation", "gaussian", "below-anchor",
+    ] = Field("cdm", description="objective: CDM, the authors' code, an ablation, DMD2; flags that are given win")  # fmt: skip
 
     def config(self) -> CDMConfig:
+        """The recipe's constants, those of the variant, and those that were given, the later winning."""
+        base = {name: getattr(self, name) for name in CDMConfig.model_fields}
+        given = {name: base[name] for name in base if name in self.model_fields_set}
+        return CDMConfig(**{**base, **changes(self.variant, CDMConfig(**base), super().recipe().split("_")[0]), **given})
+
+    def recipe(self) -> str:
+        """As for all, and the variant."""
+        return super().recipe() + ("" if self.variant == "cdm" else f" {self.variant}")
+
+
+class ConsistencySettings(TrainSettings, ConsistencyConfig):  # type: ignore[misc]
+    """Distil a teacher by continuous-time consistency; the same command resumes."""
+
+    def config(self) -> ConsistencyConfig:
         """The part that decides what is learnt."""
-        return CDMConfig(**{name: getattr(self, name) for name in CDMConfig.model_fields})
+        return ConsistencyConfig(**{name: getattr(self, name) for name in ConsistencyConfig.model_fields})
 
 
-RUNTIME_FIELDS = tuple(name for name in DistilSettings.model_fields if name not in CDMConfig.model_fields)
+RUNTIME_FIELDS = tuple(
+    name
+    for name in DistilSettings.model_fields
+    if name not in CDMConfig.model_fields and name != "variant"
+)
 """Settings that a resumed run may change: they decide how it is run, not what it learns."""
 
 
 def _settings(
-    recipe: Callable[[], CDMConfig], env_prefix: str, paths: dict[str, Path], prompts_help: str = ""
-) -> type[DistilSettings]:
-    """`DistilSettings` with a recipe's values, and `paths`, as defaults."""
-    defaults = {**recipe().model_dump(), **paths}
+    kind: type[TrainSettings], recipe: Callable[[], OptimConfig], env_prefix: str, others: Mapping[str, Any],
+    prompts_help: str = "",
+) -> type[Any]:  # fmt: skip
+    """Settings of `kind` with a recipe's values, and `others`, as defaults."""
+    defaults = {**recipe().model_dump(), **others}
     fields = {}
     for name, value in defaults.items():
-        info = DistilSettings.model_fields[name]
+        info = kind.model_fields[name]
         description = prompts_help if name == "prompts" and prompts_help else info.description
         fields[name] = (info.annotation, info.merge_field_infos(info, default=value, description=description))
-    created: type[DistilSettings] = create_model(  # type: ignore[call-overload]
-        "RecipeSettings", __base__=DistilSettings, __doc__=DistilSettings.__doc__,
-        __cls_kwargs__={"env_prefix": env_prefix}, **fields,
+    created: type[Any] = create_model(  # type: ignore[call-overload]
+        "RecipeSettings", __base__=kind, __doc__=kind.__doc__, __cls_kwargs__={"env_prefix": env_prefix}, **fields,
     )  # fmt: skip
     return created
 
 
+_EMOJI = "dataset folder, from `cdm-train emoji-data`, or a prompt list (.txt, .jsonl)"
+SD3 = Path("stabilityai/stable-diffusion-3-medium-diffusers")
+SD35 = Path("stabilityai/stable-diffusion-3.5-medium")
+LONGCAT = Path("meituan-longcat/LongCat-Image")
+
 EmojiCDMSettings = _settings(
-    emoji_cdm,
-    "CDM_EMOJI_CDM_",
-    {"prompts": Path("data/emoji"), "out": Path("runs/emoji-cdm")},
-    "dataset folder, from `cdm-train emoji-data`, or a prompt list (.txt, .jsonl)",
+    DistilSettings, emoji_cdm, "CDM_EMOJI_CDM_",
+    {"prompts": Path("data/emoji"), "out": Path("runs/emoji-cdm")}, _EMOJI,
+)  # fmt: skip
+EmojiConsistencySettings = _settings(
+    ConsistencySettings, emoji_consistency, "CDM_EMOJI_CONSISTENCY_",
+    {"prompts": Path("data/emoji"), "out": Path("runs/emoji-consistency")}, _EMOJI,
+)  # fmt: skip
+SD3CDMSettings = _settings(
+    DistilSettings, sd3_cdm, "CDM_SD3_CDM_", {"teacher": SD3, "out": Path("runs/sd3-cdm")}
 )
+SD35CDMSettings = _settings(
+    DistilSettings, sd35_cdm, "CDM_SD35_CDM_", {"teacher": SD35, "out": Path("runs/sd35-cdm")}
+)
+LongCatCDMSettings = _settings(
+    DistilSettings, longcat_cdm, "CDM_LONGCAT_CDM_", {"teacher": LONGCAT, "out": Path("runs/longcat-cdm")}
+)
+SD3ConsistencySettings = _settings(
+    ConsistencySettings, sd3_consistency, "CDM_SD3_CONSISTENCY_",
+    {"teacher": SD3, "out": Path("runs/sd3-consistency")},
+)  # fmt: skip
 
 
-def train_emoji(settings: DistilSettings) -> int:
-    """Run `emoji_cdm`."""
+def train_emoji(settings: TrainSettings) -> int:
+    """Run a recipe on emoji captions."""
     from training.prompts import read_prompts
 
     listed = not settings.prompts.is_dir()
-    return _train(settings, "emoji_cdm", (read_prompts if listed else emoji_prompts)(settings.prompts))
+    return _train(settings, (read_prompts if listed else emoji_prompts)(settings.prompts))
+
+
+def train_listed(settings: TrainSettings) -> int:
+    """Run a recipe on a prompt list."""
+    from training.prompts import read_prompts
+
+    return _train(settings, read_prompts(settings.prompts))
 
 
 def emoji_prompts(folder: Path) -> Prompts:
@@ -129,7 +207,7 @@ def emoji_prompts(folder: Path) -> Prompts:
     return Prompts.of(pairs, str(folder))
 
 
-def _train(settings: DistilSettings, recipe: str, prompts: Prompts) -> int:
+def _train(settings: TrainSettings, prompts: Prompts) -> int:
     from training.session import train  # torch is not needed to show a command's help
 
-    return train(settings, recipe, prompts)
+    return train(settings, prompts)

@@ -1,104 +1,155 @@
-"""The three networks of CDM and everything about them that a checkpoint holds.
+"""The networks of a distillation and everything about them that a checkpoint holds.
 
-Student θ (trained, averaged), teacher (frozen), fake teacher φ (trained on the student's samples). All start as the
-teacher's transformer. Trained ones have float32 masters beside compute copies in `config.dtype`.
+Student θ (trained, averaged), teacher (frozen) and, for distribution matching, the fake teacher φ (trained on the
+student's samples). All start as the teacher's transformer. What is trained has float32 masters beside compute copies
+in `config.dtype`. With LoRA a role is an adapter on the teacher's own weights, so that one base serves all three.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from training import checkpoint
-from training.config import CDMConfig
+from training.config import CDMConfig, OptimConfig
 from training.ema import EMA
-from training.optim import MixedPrecision, warmup
+from training.errors import TrainingError
+from training.optim import MixedPrecision, adamw, cooled, warmup
+from training.parallel import Parallel, laid_out
 
 
-@dataclass
-class Trained:
-    """A network with its masters and optimizer."""
+class Network:
+    """One role as the loop calls it."""
 
-    net: nn.Module
-    mixed: MixedPrecision
-    optimizer: torch.optim.Optimizer
-    lr: float
-    updates: int = 0
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
 
-    def update(self, config: CDMConfig) -> float:
-        """One optimizer step on the gradients that lie in `net`; their norm before clipping."""
-        lr = self.lr * warmup(self.updates, config.steps, config.warmup, "constant")
+    def active(self) -> AbstractContextManager[None]:
+        """While in force, `net` computes this role."""
+        return nullcontext()
+
+
+class Trained(Network):
+    """A role with its masters and optimizer."""
+
+    def __init__(
+        self, net: nn.Module, names: Collection[str], config: OptimConfig, lr: float, parallel: Parallel
+    ) -> None:  # fmt: skip
+        super().__init__(net)
+        self.config, self.lr = config, lr
+        self.mixed = MixedPrecision(net, getattr(torch, config.dtype), names, parallel)
+        self.optimizer = adamw(self.mixed.parameters, config, lr)
+        self.updates = 0
+
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """Float32 weights by name: this process's shards of them."""
+        return self.mixed.masters
+
+    def training(self) -> AbstractContextManager[None]:
+        """Around a forward and its backward: recomputed activations must be this role's, too."""
+        return self.active()
+
+    def update(self, step: int) -> float:
+        """One optimizer step on the gradients that lie in `net`, at iteration `step`; their norm before clipping."""
+        config = self.config
+        factor = warmup(self.updates, config.steps, config.warmup, "constant")
+        factor *= cooled(step, config.steps, config.cooldown)
         self.updates += 1
-        return self.mixed.step(self.optimizer, clip=config.clip, lr=lr)
+        return self.mixed.step(self.optimizer, clip=config.clip, lr=self.lr * factor)
 
 
 class Roles:
-    """Student, teacher and fake teacher; saved and restored as one."""
+    """Student, teacher and maybe a fake teacher; saved and restored as one."""
 
-    def __init__(self, transformer: nn.Module, config: CDMConfig) -> None:
-        """Takes `transformer` (float32) over as the teacher: it is cast to `config.dtype`. All stay on its device."""
+    def __init__(
+        self, transformer: nn.Module, config: OptimConfig, parallel: Parallel | None = None, units: Sequence[str] = ()
+    ) -> None:  # fmt: skip
+        """Takes `transformer` (float32) over as the teacher: it is cast to `config.dtype`, and sharded with FSDP2.
+
+        `units`: class names of its blocks. Only with a `CDMConfig` there is a fake teacher.
+        """
         self.config = config
+        self.parallel = parallel or Parallel(next(transformer.parameters()).device)
+        self._units = units
         dtype = getattr(torch, config.dtype)
-        self.student = self._trained(transformer, dtype, config.lr_student)
-        self.fake = self._trained(transformer, dtype, config.lr_fake)
+        self.student = self._copy(transformer, config.lr_student)
+        self._fake = self._copy(transformer, config.lr_fake) if isinstance(config, CDMConfig) else None
         # torch's own `to`: that of diffusers warns of modules to keep in float32, and lists none.
-        self.teacher = nn.Module.to(transformer, dtype).eval().requires_grad_(False)
-        self.ema = EMA(self.student.mixed.masters, config.ema_decay)
+        frozen = nn.Module.to(transformer, self.parallel.device, dtype).eval().requires_grad_(False)
+        self.teacher = Network(self.parallel.shard(frozen, units))
+        self.ema = EMA(self.student.masters, config.ema_decay)
 
-    def _trained(self, transformer: nn.Module, dtype: torch.dtype, lr: float) -> Trained:
-        config = self.config
-        net = copy.deepcopy(transformer).float().eval().requires_grad_(True)
-        mixed = MixedPrecision(net, dtype)
-        optimizer = torch.optim.AdamW(
-            mixed.parameters, lr=lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
-            weight_decay=config.weight_decay, fused=True,
-        )  # fmt: skip
-        return Trained(net, mixed, optimizer, lr)
+    @property
+    def fake(self) -> Trained:
+        """The fake teacher."""
+        assert self._fake is not None, "this method has no fake teacher"
+        return self._fake
+
+    def _trained(self) -> dict[str, Trained]:
+        return {"student": self.student} | ({} if self._fake is None else {"fake": self._fake})
+
+    def _copy(self, transformer: nn.Module, lr: float) -> Trained:
+        net = copy.deepcopy(transformer).float().to(self.parallel.device).eval().requires_grad_(True)
+        self.parallel.shard(net, self._units)
+        return Trained(net, [name for name, _ in net.named_parameters()], self.config, lr, self.parallel)
 
     @torch.no_grad()
     def merge_fake(self) -> None:
         """φ ← m·φ + (1−m)·θ, on the masters."""
-        torch._foreach_lerp_(
-            self.fake.mixed.parameters, self.student.mixed.parameters, 1 - self.config.fake_merge
-        )
-        self.fake.mixed.refresh()
+        assert isinstance(self.config, CDMConfig)
+        if self.config.fake_merge < 1:
+            torch._foreach_lerp_(
+                self.fake.mixed.parameters, self.student.mixed.parameters, 1 - self.config.fake_merge
+            )
+            self.fake.mixed.refresh()
 
-    def averaged(self) -> nn.Module:
-        """A frozen copy of the student with its averaged weights, in the compute dtype."""
-        net = copy.deepcopy(self.teacher)
-        parameters = dict(net.named_parameters())
-        for name, value in self.ema.average.items():
-            parameters[name].copy_(value)
-        return net
+    @contextmanager
+    def averaged(self) -> Iterator[Network]:
+        """The student computes with its averaged weights within the block."""
+        kept = {name: value.clone() for name, value in self.student.masters.items()} if self._shared else None
+        self.student.mixed.show(self.ema.average)
+        try:
+            yield self.student
+        finally:
+            self.student.mixed.show(self.student.masters if kept is None else kept)
+
+    @property
+    def _shared(self) -> bool:
+        return self.config.dtype == "float32"
 
     # what `training.run` saves
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Masters, average and both optimizers."""
-        return {
-            "student": self.student.mixed.masters,
-            "fake": self.fake.mixed.masters,
-            "student_ema": self.ema.average,
-            "student_adamw": checkpoint.optimizer_tensors(self.student.optimizer),
-            "fake_adamw": checkpoint.optimizer_tensors(self.fake.optimizer),
+        """Masters, average and optimizers, by parameter name; sharded ones as sharded tensors."""
+        student = self.student
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "student_ema": laid_out(self.ema.average, student.mixed.trained)
         }
+        for name, trained in self._trained().items():
+            groups[name] = laid_out(trained.masters, trained.mixed.trained)
+            groups[f"{name}_adamw"] = checkpoint.optimizer_tensors(trained.optimizer)
+        return groups
 
     def counters(self) -> Mapping[str, Any]:
         """How often each was updated."""
-        return {
-            "student_updates": self.student.updates,
-            "fake_updates": self.fake.updates,
-            "ema_updates": self.ema.updates,
-        }
+        updates = {f"{name}_updates": trained.updates for name, trained in self._trained().items()}
+        return {**updates, "ema_updates": self.ema.updates}
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Put both back."""
-        for name, trained in (("student", self.student), ("fake", self.fake)):
+        """Put both back.
+
+        Raises:
+            TrainingError: they are another model's.
+        """
+        for name, trained in self._trained().items():
+            if f"{name}_updates" not in saved.meta:
+                raise TrainingError(f"{saved.path} holds no {name}; it is another method's checkpoint")
             trained.mixed.load(saved.tensors(name))
             checkpoint.load_optimizer(trained.optimizer, saved.tensors(f"{name}_adamw"))
             trained.updates = saved.meta[f"{name}_updates"]

@@ -51,11 +51,6 @@ def draw_schedule(
     return shifted(torch.cat([torch.ones(1), inner.sort(descending=True).values]), shift)
 
 
-def draw_anchor(generator: torch.Generator, n: int, batch: int) -> Tensor:
-    """k ~ U{0…N−1}, one per sample, `(B,)` int64."""
-    return torch.randint(0, n, (batch,), generator=generator)
-
-
 @torch.no_grad()
 def rollout(
     velocity: VelocityOfRows, noise_BCHW: Tensor, sigma_N: Tensor, k_B: Tensor, truncate: bool = True

@@ -101,13 +101,15 @@ def generate(
     guidance: float = 1.0,
     batch: int = 16,
     progress: Callable[[int], None] | None = None,
+    sigmas: Sequence[float] = (),
 ) -> NDArray[np.uint8]:
     """One picture per prompt and seed, `batch` at a time: uint8 `(N, height, width, 3)`.
 
     Args:
+        sigmas: a schedule other than the family's own of `steps`: after the shift, ending in 0.
         progress: told the number of pictures just finished, after every batch.
     """
-    sigmas = family.sigmas(steps)
+    sigmas = sigmas or family.sigmas(steps)
     uncond = family.encode([""]) if guidance != 1.0 else None
     parts = []
     for at in range(0, len(prompts), batch):

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from engines.export.source import find_student
 from engines.families.base import Family, FamilyError, load_family
 from training import checkpoint
 from training.cpu_kernels import keep_freed_memory
-from training.distill import Distillation, distill
+from training.config import CDMConfig, OptimConfig
+from training.distill import Distillation, Method, distill
 from training.errors import TrainingError
 from training.grid import tile
-from training.prompts import Prompts, embed_prompts
-from training.recipes import RUNTIME_FIELDS, DistilSettings
+from training.parallel import Parallel
+from training.prompts import EmbeddingTable, Prompts, embed_prompts
+from training.recipes import RUNTIME_FIELDS, TrainSettings
 from training.roles import Roles
 from training.run import Run, config_sha256, numpy_generator
 from training.sampling import decode, sample
@@ -34,7 +37,7 @@ GRID_STREAM = 1000
 """Far from the streams of `training.distill`."""
 
 
-def train(settings: DistilSettings, recipe: str, prompts: Prompts) -> int:
+def train(settings: TrainSettings, prompts: Prompts) -> int:
     """Distil, and write `OUT/student`. The teacher is copied to `OUT/teacher` and read from there alone.
 
     Raises:
@@ -43,29 +46,31 @@ def train(settings: DistilSettings, recipe: str, prompts: Prompts) -> int:
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
     config = settings.config()
-    licences = teacher_licences(settings.teacher)
-    hashes, kept = TeacherHashes.of(settings.teacher), settings.out / "teacher"
+    parallel = Parallel.start(settings.device, settings.parallel)
+    parallel.require_divisible(config.batch)
+    teacher = find_student(settings.teacher).folder
+    licences = teacher_licences(teacher)
+    hashes, kept = TeacherHashes.of(teacher), settings.out / "teacher"
     identity = {
         "teacher_sha256": hashes.transformer,
         "teacher_components_sha256": hashes.components,
         "prompts_sha256": prompts.sha256(),
     }
     _same_teacher(settings, hashes)
-    run = Run(
-        settings.out, {**settings.model_dump(mode="json"), **identity}, config.steps, settings.save_minutes,
-        free=(*RUNTIME_FIELDS, "steps"),
-    )  # fmt: skip
-    keep_teacher(settings.teacher, hashes, kept)
+    recorded = {**settings.model_dump(mode="json"), **config.model_dump(mode="json"), **identity}
+    free = (*RUNTIME_FIELDS, *(() if config.cooldown else ("steps",)))
+    run = Run(settings.out, recorded, config.steps, settings.save_minutes, free=free)
+    keep_teacher(teacher, hashes, kept)
     family = _load(kept)
     table = embed_prompts(family, prompts.texts, getattr(torch, config.dtype), settings.max_embedding_gb)
     drop_text_encoders(family)
-    roles = Roles(family.transformer, config)
-    work = Distillation(family, config, roles, prompts, table, settings.pass_batch)
+    roles = Roles(family.transformer, config, parallel, family.fsdp_units)
+    work = _method(settings, config, family, roles, prompts, table)
 
     def export(done: int) -> None:
         provenance = StudentProvenance(
-            teacher=f"{settings.teacher.resolve().name} (transformer sha256 {hashes.transformer[:12]})",
-            recipe=recipe,
+            teacher=f"{teacher.resolve().name} (transformer sha256 {hashes.transformer[:12]})",
+            recipe=settings.recipe(),
             config_sha256=config_sha256(config.model_dump(mode="json")),
             steps_trained=done,
             licences=licences,
@@ -74,7 +79,7 @@ def train(settings: DistilSettings, recipe: str, prompts: Prompts) -> int:
 
     def after(done: int) -> None:
         if settings.sample_every and (done % settings.sample_every == 0 or done == config.steps):
-            draw_grid(settings.out / "samples" / f"step-{done:08d}.png", work)
+            draw_grid(settings.out / "samples" / f"step-{done:08d}.png", work, prompts, table)
         if settings.export_every and done % settings.export_every == 0 and done < config.steps:
             export(done)
 
@@ -84,20 +89,29 @@ def train(settings: DistilSettings, recipe: str, prompts: Prompts) -> int:
     return 0
 
 
-def draw_grid(path: Path, work: Distillation) -> None:
+def _method(
+    settings: TrainSettings, config: OptimConfig, family: Family, roles: Roles, prompts: Prompts, table: EmbeddingTable
+) -> Method:  # fmt: skip
+    assert isinstance(config, CDMConfig)
+    return Distillation(family, config, roles, prompts, table, settings.pass_batch, settings.micro_batch)
+
+
+def draw_grid(path: Path, work: Method, prompts: Prompts, table: EmbeddingTable) -> None:
     """Fixed prompts and seeds × 1, 2 and 4 steps of the averaged student; `prompts.json` names the columns."""
-    config, family = work.config, work.family
-    columns = work.prompts.draw(numpy_generator(config.seed, 0, GRID_STREAM), GRID_PROMPTS)
-    cond, seeds = work.table.rows(columns), range(GRID_PROMPTS)
-    teacher, family.transformer = family.transformer, work.roles.averaged()
-    try:
-        rows = [decode(family, sample(family, cond, family.sigmas(steps), seeds)) for steps in GRID_STEPS]
-    finally:
-        family.transformer = teacher
+    family = work.family
+    columns = prompts.draw(numpy_generator(work.roles.config.seed, 0, GRID_STREAM), GRID_PROMPTS)
+    cond, seeds = table.rows(columns, work.roles.parallel.device), range(GRID_PROMPTS)
+    teacher = family.transformer
+    with work.roles.averaged() as student, student.active():
+        family.transformer = student.net
+        try:
+            rows = [decode(family, sample(family, cond, family.sigmas(steps), seeds)) for steps in GRID_STEPS]
+        finally:
+            family.transformer = teacher
     path.parent.mkdir(parents=True, exist_ok=True)
     tile(np.concatenate(rows), GRID_PROMPTS).save(path)
     listing: dict[str, Any] = {
-        "rows_are_steps": GRID_STEPS, "columns": [work.prompts.texts[index] for index in columns]
+        "rows_are_steps": GRID_STEPS, "columns": [prompts.texts[index] for index in columns]
     }  # fmt: skip
     text = json.dumps(listing, indent=2, ensure_ascii=False)
     path.with_name("prompts.json").write_text(text + "\n", encoding="utf-8")
@@ -109,7 +123,7 @@ def drop_text_encoders(family: Family) -> None:
         module.to("meta")
 
 
-def _same_teacher(settings: DistilSettings, hashes: TeacherHashes) -> None:
+def _same_teacher(settings: TrainSettings, hashes: TeacherHashes) -> None:
     kept = settings.out / "teacher"
     begun = checkpoint.latest(settings.out / "checkpoints") is not None
     if begun and kept.is_dir() and TeacherHashes.of(kept) != hashes:
