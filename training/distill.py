@@ -122,7 +122,8 @@ class Distillation:
             some = {name: value[rows] for name, value in cond.items()}
             return self.velocity(self.roles.student, x_SCHW, sigma_S, some)
 
-        return rollout(velocity, noise_RCHW, sigma_N, k_R, self.config.truncated_rollout)
+        truncate = self.config.truncated_rollout
+        return rollout(velocity, noise_RCHW, sigma_N, k_R, truncate, len(sigma_N) if self.parallel.fsdp else 0)
 
     def fake_step(self, step: int, parts: Sequence[Part]) -> Values:
         """Flow matching of φ on the student's samples, then the merge φ ← 0.999·φ + 0.001·θ."""
@@ -185,8 +186,8 @@ class Distillation:
             values |= {term.name if key == "loss" else f"{term.name}_{key}": v for key, v in info.items()}
         if "ca" in cond and "dm" in cond:
             values["cos_ca_dm"] = losses.mean_cosine(cond["ca"] - empty["ca"], cond["dm"] - fake["dm"])
-        x0_RCHW = terms[0].x0_RCHW.detach()
-        values |= {"student": loss.detach(), "x0_mean": x0_RCHW.mean(), "x0_std": x0_RCHW.std()}
+        x0_RN = terms[0].x0_RCHW.detach().flatten(1)
+        values |= {"student": loss.detach(), "x0_mean": x0_RN.mean(), "x0_std": x0_RN.std(1).mean()}
         return loss, values
 
     def terms(self, part: Part, draws: Draws) -> list[Term]:

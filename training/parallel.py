@@ -141,6 +141,11 @@ def like(shard: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor; every process takes part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def laid_out(shards: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`like`, by name."""
     return {name: like(shard, parameters[name]) for name, shard in shards.items()}

@@ -20,7 +20,7 @@ from training.config import CDMConfig, OptimConfig
 from training.ema import EMA
 from training.errors import TrainingError
 from training.optim import MixedPrecision, adamw, cooled, warmup
-from training.parallel import Parallel, laid_out
+from training.parallel import Parallel, laid_out, whole
 
 
 class Network:
@@ -118,6 +118,11 @@ class Roles:
             yield self.student
         finally:
             self.student.mixed.show(self.student.masters if kept is None else kept)
+
+    def student_weights(self) -> dict[str, Tensor]:
+        """The averaged student whole: float32 on the CPU, by parameter name. Every process takes part."""
+        sharded = laid_out(self.ema.average, self.student.mixed.trained)
+        return {name: whole(value).cpu() for name, value in sharded.items()}
 
     @property
     def _shared(self) -> bool:

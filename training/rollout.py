@@ -53,12 +53,13 @@ def draw_schedule(
 
 @torch.no_grad()
 def rollout(
-    velocity: VelocityOfRows, noise_BCHW: Tensor, sigma_N: Tensor, k_B: Tensor, truncate: bool = True
-) -> Rollout:
+    velocity: VelocityOfRows, noise_BCHW: Tensor, sigma_N: Tensor, k_B: Tensor, truncate: bool = True, at_least: int = 0
+) -> Rollout:  # fmt: skip
     """Euler steps without guidance from noise along `sigma_N`; (x, v, σ, x̂0) of each sample at its anchor `k_B`.
 
     With `truncate` only samples that have not reached their anchor are advanced; without, all N steps are run as in
-    the authors' code, and the result is the same.
+    the authors' code, and the result is the same. `at_least` passes are run even if no sample needs them: processes
+    that share the weights (FSDP) must all run as many.
     """
     device = noise_BCHW.device
     sigma_N, k_B = sigma_N.to(device), k_B.to(device)
@@ -67,8 +68,11 @@ def rollout(
     x_anchor_BCHW, v_anchor_BCHW = torch.empty_like(x_BCHW), torch.empty_like(x_BCHW)
     last = int(k_B.max()) if truncate else n - 1
     passes = 0
-    for i in range(last + 1):
+    for i in range(max(last + 1, at_least)):
         rows = (k_B >= i).nonzero().squeeze(1) if truncate else torch.arange(batch, device=device)
+        if i > last:
+            velocity(x_BCHW[:1], sigma_N[:1], torch.zeros(1, dtype=torch.int64, device=device))
+            continue
         x_RCHW, sigma_R = x_BCHW[rows], sigma_N[i].expand(len(rows))
         v_RCHW = velocity(x_RCHW, sigma_R, rows)
         passes += len(rows)

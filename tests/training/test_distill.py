@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from tests.training.tiny_distillation import tiny_config, tiny_distillation
+from tests.training.tiny_distillation import student_draws, tiny_config, tiny_distillation, tiny_part
 from training import checkpoint
-from training.distill import FAKE, ROLLOUT, Distillation, distill
+from training.distill import FAKE, Distillation, distill
+from training.draws import Draws
 from training.errors import Diverged
 from training.run import Run
 
 TERMS = {
     "fake", "fake_norm", "student", "student_norm", "ca", "dm", "cdm", "cos_ca_dm", "x0_mean", "x0_std",
-    *(f"{term}_{part}" for term in ("ca", "dm", "cdm") for part in ("weight", "distance", "delta")),
+    *(f"{term}_{part}" for term in ("ca", "dm", "cdm") for part in ("weight", "distance", "delta", "floored")),
 }  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def log_lines(folder: Path) -> list[dict[str, float]]:
 def test_the_student_learns_every_second_iteration_and_the_teacher_never(tiny_model, dtype):
     work = tiny_distillation(tiny_model, dtype=dtype)
     roles = work.roles
-    teacher, student = weights(roles.teacher), [value.clone() for value in roles.student.mixed.parameters]
+    teacher, student = weights(roles.teacher.net), [value.clone() for value in roles.student.mixed.parameters]
     first = work.iterate(0)
     assert set(first) == {"fake", "fake_norm"}
     assert same(student, roles.student.mixed.parameters)
@@ -47,7 +48,7 @@ def test_the_student_learns_every_second_iteration_and_the_teacher_never(tiny_mo
     assert set(second) == TERMS
     assert all(math.isfinite(value) for value in second.values())
     assert not same(student, roles.student.mixed.parameters)
-    assert same(teacher, weights(roles.teacher))
+    assert same(teacher, weights(roles.teacher.net))
     assert (roles.student.updates, roles.fake.updates, roles.ema.updates) == (1, 2, 1)
     assert {value.dtype for value in roles.student.mixed.parameters} == {torch.float32}
     assert next(roles.student.net.parameters()).dtype == getattr(torch, dtype)
@@ -64,6 +65,7 @@ def test_the_published_step_counts_come_out(tiny_model):
         return step
 
     work.rollout = lambda *arguments: None
+    work.table = types.SimpleNamespace(rows=lambda *arguments: {})
     work.fake_step, work.student_step = counted("fake"), counted("student")
     for step in range(4001):
         work.iterate(step)
@@ -94,9 +96,7 @@ def test_an_iteration_depends_on_seed_and_step_alone(tiny_model):
 
 def test_every_sample_keeps_its_own_prompt(tiny_model):
     work = tiny_distillation(tiny_model)
-    cond = work.table.rows(np.array([0, 1, 2, 0]))
-    together = work.rollout(cond, work._draw(0, ROLLOUT))
-    swapped = work.rollout(work.table.rows(np.array([1, 1, 2, 0])), work._draw(0, ROLLOUT))
+    together, swapped = (tiny_part(work, 1, prompts).anchor for prompts in ((0, 1, 2, 0), (1, 1, 2, 0)))
     torch.testing.assert_close(together.x0_BCHW[1:], swapped.x0_BCHW[1:])
     assert not torch.allclose(together.v_BCHW[0], swapped.v_BCHW[0])
 
@@ -104,14 +104,23 @@ def test_every_sample_keeps_its_own_prompt(tiny_model):
 def test_the_fake_teacher_sees_the_student_at_the_anchor(tiny_model):
     """Its loss is flow matching towards x̂0 at k: with the fake's own x̂0 as target it would differ."""
     work = tiny_distillation(tiny_model)
-    cond = work.table.rows(np.array([0, 1, 2, 0]))
-    anchor, draw = work.rollout(cond, work._draw(0, ROLLOUT)), work._draw(0, FAKE)
-    sigma = draw.uniform_B(4, 0.02, 0.98)
-    eps = draw.normal(anchor.x0_BCHW)
+    part, draw = tiny_part(work), Draws(0, 0, FAKE, range(4), work.device)
+    x0 = part.anchor.x0_BCHW
+    sigma = draw.uniform_between(0.02, 0.98)
+    eps = draw.normal(work.latent_shape)
     at = sigma[:, None, None, None]
-    v = work.family.velocity(work.roles.fake.net, (1 - at) * anchor.x0_BCHW + at * eps, sigma, cond)
-    expected = (v - (eps - anchor.x0_BCHW)).square().mean().item()
-    assert work.fake_step(anchor, cond, work._draw(0, FAKE))["fake"] == pytest.approx(expected)
+    v = work.family.velocity(work.roles.fake.net, (1 - at) * x0 + at * eps, sigma, part.cond)
+    expected = (v - (eps - x0)).square().mean().item()
+    assert work.fake_step(0, [part])["fake"] == pytest.approx(expected)
+
+
+def test_micro_batches_learn_what_the_whole_batch_would(tiny_model):
+    whole, divided = tiny_distillation(tiny_model), tiny_distillation(tiny_model, micro_batch=3)
+    for step in range(2):
+        one, other = whole.iterate(step), divided.iterate(step)
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6, nan_ok=False)
+    for a, b in zip(whole.roles.student.mixed.parameters, divided.roles.student.mixed.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4)  # Adam's first step is lr·sign(g): 1e-3 each
 
 
 def interrupted(work: Distillation, folder: Path, die_in: int | None = None) -> None:
@@ -167,8 +176,7 @@ def test_a_diverged_step_is_in_no_checkpoint(tiny_model, tmp_path):
 def test_a_term_of_weight_zero_leaves_no_gradient(tiny_model):
     def gradient(**changes) -> torch.Tensor:
         work = tiny_distillation(tiny_model, **changes)
-        cond = work.table.rows(np.array([0, 1, 2, 0]))
-        work.student_loss(work.rollout(cond, work._draw(0, 1)), cond, work._draw(0, 3))[0].backward()
+        work.student_loss(tiny_part(work), student_draws(work))[0].backward()
         return torch.cat(
             [p.grad.flatten() for p in work.roles.student.net.parameters() if p.grad is not None]
         )

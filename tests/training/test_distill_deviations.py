@@ -9,23 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.tiny_distillation import tiny_distillation
+from tests.training.tiny_distillation import student_draws, tiny_distillation, tiny_part
 from training import losses
 from training.config import CDMConfig
 from training.cpu_kernels import cpu_kernels
-from training.distill import ROLLOUT, STUDENT, Distillation, Query
+from training.distill import Distillation, Query
 from training.recipes import emoji_cdm, sd3_cdm
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def student_gradient(work: Distillation) -> torch.Tensor:
-    cond = work.table.rows(np.array([0, 1, 2, 0]))
     # A fake teacher equal to the teacher would make DM and CDM vanish.
     torch.manual_seed(0)
     for value in work.roles.fake.mixed.parameters:
         value.data.add_(0.02 * torch.randn_like(value))
-    work.student_loss(work.rollout(cond, work._draw(0, ROLLOUT)), cond, work._draw(0, STUDENT))[0].backward()
+    work.student_loss(tiny_part(work), student_draws(work))[0].backward()
     return torch.cat([p.grad.flatten() for p in work.roles.student.net.parameters() if p.grad is not None])
 
 
@@ -48,8 +47,7 @@ def test_a_shared_forward_gives_the_gradient_of_separate_ones(tiny_model):
 
 def test_a_truncated_rollout_gives_the_anchors_of_the_full_one(tiny_model):
     short, full = (tiny_distillation(tiny_model, truncated_rollout=on, n_max=12) for on in (True, False))
-    cond = short.table.rows(np.array([0, 1, 2, 0]))
-    a, b = (work.rollout(cond, work._draw(1, ROLLOUT)) for work in (short, full))
+    a, b = (tiny_part(work, 1).anchor for work in (short, full))
     torch.testing.assert_close(a.x0_BCHW, b.x0_BCHW, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(a.x_BCHW, b.x_BCHW, rtol=1e-5, atol=1e-5)
     assert torch.equal(a.sigma_B, b.sigma_B)
@@ -58,12 +56,12 @@ def test_a_truncated_rollout_gives_the_anchors_of_the_full_one(tiny_model):
 
 def test_batched_teacher_passes_equal_separate_ones(tiny_model):
     work, chunked = tiny_distillation(tiny_model), tiny_distillation(tiny_model, pass_batch=3)
-    cond, draw = work.table.rows(np.array([0, 1, 2, 0])), work._draw(0, STUDENT)
+    cond, draw = work.table.rows(np.array([0, 1, 2, 0])), student_draws(work)
     queries = [
-        Query(draw.normal(torch.empty(4, 8, 8, 8)), draw.uniform_B(4, 0.02, 0.98), each)
+        Query(draw.normal((8, 8, 8)), draw.uniform_between(0.02, 0.98), each)
         for each in (cond, work.table.unconditional(4), cond)
     ]
-    alone = [work.x0(work.roles.teacher, query.x_BCHW, query.tau_B, query.conditioning) for query in queries]
+    alone = [work.x0(work.roles.teacher, query.x_RCHW, query.tau_R, query.conditioning) for query in queries]
     for run in (work, chunked):
         for batched, wanted in zip(run.x0_of_all(run.roles.teacher, queries), alone, strict=True):
             torch.testing.assert_close(batched, wanted, rtol=1e-5, atol=1e-5)
@@ -77,7 +75,7 @@ def test_time_reaches_the_network_in_float32(tiny_model, dtype):
         lambda module, args: seen.append(args[0])
     )
     sigma = torch.tensor([0.9045, 0.9055])
-    work.x0(work.roles.student.net, torch.zeros(2, 8, 8, 8), sigma, work.table.rows(np.array([0, 0])))
+    work.x0(work.roles.student, torch.zeros(2, 8, 8, 8), sigma, work.table.rows(np.array([0, 0])))
     assert seen[0].dtype == torch.float32
     torch.testing.assert_close(seen[0], sigma * 1000)
     assert sigma.mul(1000).bfloat16().unique().numel() == 1  # which is what bfloat16 would have made of them
@@ -86,8 +84,7 @@ def test_time_reaches_the_network_in_float32(tiny_model, dtype):
 def test_anchors_are_unshifted_unless_asked(tiny_model):
     def lowest(**changes) -> float:
         work = tiny_distillation(tiny_model, n_max=28, **changes)
-        cond = work.table.rows(np.array([0, 1, 2, 0]))
-        return min(work.rollout(cond, work._draw(step, ROLLOUT)).sigma_B.min().item() for step in range(12))
+        return min(tiny_part(work, step).anchor.sigma_B.min().item() for step in range(12))
 
     assert CDMConfig().anchor_shift == 1.0
     assert lowest() < 0.4  # trained where the authors' SD3 anchors, 3·σ/(1+2·σ) ≥ 0.5, never come

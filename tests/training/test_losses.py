@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from training import losses
+from training.rollout import Rollout
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -102,15 +103,37 @@ def test_no_term_pulls_once_the_fake_equals_the_teacher():
     assert not local.grad.any()
 
 
+def anchor_of(x: torch.Tensor, v: torch.Tensor) -> Rollout:
+    return Rollout(x, v, SIGMA, losses.predict_x0(x, v, SIGMA), 3)
+
+
 @pytest.mark.parametrize("sigma_off", [0.1, 0.9])
 def test_the_off_trajectory_point_lies_on_the_line_through_the_anchor(sigma_off):
     x, v = normal(0, *SHAPE).requires_grad_(), normal(1, *SHAPE).requires_grad_()
-    off = losses.off_trajectory(x, v, SIGMA, torch.full((3,), sigma_off))
+    wanted = torch.full((3,), sigma_off)
+    off, sigma = losses.off_trajectory("velocity", anchor_of(x, v), wanted, normal(2, *SHAPE))
     assert not off.requires_grad
+    assert torch.equal(sigma, wanted)
     # The line's own prediction of x0 is the same everywhere on it.
-    torch.testing.assert_close(
-        losses.predict_x0(off, v, torch.full((3,), sigma_off)), losses.predict_x0(x, v, SIGMA)
-    )
+    torch.testing.assert_close(losses.predict_x0(off, v, wanted), losses.predict_x0(x, v, SIGMA))
+
+
+def test_a_gaussian_perturbation_noises_the_prediction_afresh_and_none_stays_at_the_anchor():
+    x, v, eps = (normal(seed, *SHAPE) for seed in range(3))
+    anchor, wanted = anchor_of(x, v), torch.full((3,), 0.3)
+    off, sigma = losses.off_trajectory("gaussian", anchor, wanted, eps)
+    torch.testing.assert_close(off, losses.renoise(anchor.x0_BCHW, eps, wanted))
+    assert torch.equal(sigma, wanted)
+    stay, sigma = losses.off_trajectory("none", anchor, wanted, eps)
+    assert torch.equal(stay, x)
+    assert torch.equal(sigma, SIGMA)
+
+
+def test_guided_x0_is_the_prediction_of_the_guided_velocity():
+    x, v_cond, v_uncond = (normal(seed, *SHAPE) for seed in range(3))
+    cond, uncond = (losses.predict_x0(x, v, SIGMA) for v in (v_cond, v_uncond))
+    guided = losses.predict_x0(x, v_uncond + 4 * (v_cond - v_uncond), SIGMA)
+    torch.testing.assert_close(losses.guided_x0(cond, uncond, 4), guided)
 
 
 def test_the_cosine_is_per_sample():

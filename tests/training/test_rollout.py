@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.rollout import draw_anchor, draw_schedule, rollout, shifted
+from training.draws import Draws
+from training.rollout import draw_schedule, rollout, shifted
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -32,7 +33,7 @@ def test_every_length_is_equally_likely():
 
 
 def test_every_step_of_a_schedule_is_equally_likely_an_anchor_and_samples_draw_their_own():
-    k = draw_anchor(seeded(0), 5, 20_000)
+    k = Draws(0, 0, 0, range(20_000), torch.device("cpu")).integers(5)
     assert ((torch.bincount(k, minlength=5) / 20_000 - 0.2).abs() < 0.015).all()
 
 
@@ -85,7 +86,7 @@ def test_truncation_spends_about_half_of_the_passes():
     for seed in range(300):
         generator = seeded(seed)
         sigma = draw_schedule(generator, 28, 0.25, 0.95)
-        k = draw_anchor(generator, len(sigma), 16)
+        k = torch.randint(0, len(sigma), (16,), generator=generator)
         spent += int((k + 1).sum())
         whole += 16 * len(sigma)
     assert spent / whole == pytest.approx((14.5 + 1) / 2 / 14.5, abs=0.02)
