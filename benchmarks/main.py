@@ -96,6 +96,13 @@ COMMANDS = {
         epilog="cdm-bench rewrites --longcat 8 --size 512x512 --threads 2 --work runs/rewrites\n"
         "cdm-bench rewrites --model runs/emoji-cdm/student --batches 1,8",
     ),
+    "training": Command(
+        "benchmarks.training:TrainingBenchSettings",
+        "benchmarks.training:run",
+        "student steps per second of our iteration against the authors' schedule of passes",
+        extra="bench",
+        epilog="cdm-bench training --teacher runs/teacher/model --n-max 28 --rounds 8",
+    ),
     "ablation": Command(
         "benchmarks.ablation:AblationSettings",
         "benchmarks.ablation:run",

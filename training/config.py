@@ -19,6 +19,7 @@ class OptimConfig(BaseModel):
     steps: int = Field(4001, ge=1, description="iterations; with CDM the student takes every student_every-th")
     batch: int = Field(128, ge=1, description="prompts per step, over all processes")
     seed: int = Field(0, ge=0, description="seed of everything drawn")
+    resolution: int = Field(0, ge=0, description="side of the square pictures trained at; 0: the teacher's own")
 
     lr_student: float = Field(1e-5, gt=0, description="learning rate of the student")
     warmup: int = Field(

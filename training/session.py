@@ -62,6 +62,7 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
     run = Run(settings.out, recorded, config.steps, settings.save_minutes, free=free)
     keep_teacher(teacher, hashes, kept)
     family = _load(kept)
+    set_resolution(family, config.resolution)
     table = embed_prompts(family, prompts.texts, getattr(torch, config.dtype), settings.max_embedding_gb)
     drop_text_encoders(family)
     roles = Roles(family.transformer, config, parallel, family.fsdp_units)
@@ -87,6 +88,25 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
     export(done)
     print(f"student after {done} steps: {settings.out / 'student'}")
     return 0
+
+
+def set_resolution(family: Family, side: int) -> None:
+    """Train at pictures of `side`² (0: the family's own size).
+
+    Raises:
+        TrainingError: no whole number of tokens, or more than the transformer's position table holds.
+    """
+    if not side:
+        return
+    unit = family.downscale * family.patch_size
+    if side % unit:
+        raise TrainingError(f"--resolution={side}: pictures of this teacher have sides of multiples of {unit}")
+    table = getattr(family.transformer.config, "pos_embed_max_size", None)
+    if table is not None and side > table * unit:
+        raise TrainingError(
+            f"--resolution={side}: the teacher's position table ends at {table * unit}; give at most that"
+        )
+    family.latent_size = (side // family.downscale, side // family.downscale)
 
 
 def _method(
