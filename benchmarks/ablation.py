@@ -15,13 +15,20 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 
 from benchmarks.report import show, table
 from engines.cli import CommandSettings, UsageError
+from engines.files import write_text_atomically
+from training.emoji.dataset import EmojiDataset
+from training.evalset import Scorer, choose
+from training.evaluate import EvaluateSettings, load_model, measure, progress
+from training.evaluator import ASSETS, Evaluator
 
 ROWS = {
     "full CDM": "cdm",
@@ -39,7 +46,12 @@ ROWS = {
 }
 """What the table calls a row → `--variant`, or the consistency recipe."""
 
-OFF_GRID = {"unshifted": "1,0.75,0.5,0.25", "shift 3": "1,0.9,0.75,0.5", "late": "1,0.55,0.3,0.1"}
+LADDER = (1, 2, 3, 4, 6, 8)
+OFF_GRID = {
+    "unshifted": (1.0, 0.75, 0.5, 0.25),
+    "shift 3": (1.0, 0.9, 0.75, 0.5),
+    "late": (1.0, 0.55, 0.3, 0.1),
+}
 """4-step schedules that the sampler (shift 1.5) does not use."""
 
 METRICS = ("frechet", "alignment", "seen", "heldout", "diversity")
@@ -94,42 +106,52 @@ def _distil(row: str, seed: int, folder: Path, settings: AblationSettings) -> No
         "--seed", seed, "--sample-every", 0, *threads,
     ]  # fmt: skip
     _cdm_train(train)
-    steps = "1,2,3,4,6,8" if row in settings.ladder else "4"
-    measure: list[object] = [
-        "evaluate", folder / "student", "--data", settings.data, "--count", settings.count, "--no-baselines",
-        "--diversity-prompts", 25, "--name", row, *threads,
-    ]  # fmt: skip
-    for name, sigmas in OFF_GRID.items() if row in settings.ladder else ():
-        _cdm_train([*measure, "--steps", 1, "--sigmas", sigmas, "--out", folder / f"quality-{name}.json"])
-    _cdm_train([*measure, "--steps", steps, "--out", folder / "quality.json"])
+    _measure(row, folder, settings)
     for finished in ("checkpoints", "teacher"):
         shutil.rmtree(folder / finished)
+
+
+def _measure(row: str, folder: Path, settings: AblationSettings) -> None:
+    """Score the student on every schedule of its row, into `quality.json`."""
+    torch.set_num_threads(settings.threads)
+    evaluate = EvaluateSettings(
+        folder=folder / "student",
+        data=settings.data,
+        count=settings.count,
+        name=row,
+        threads=settings.threads,
+    )
+    scorer = _scorer(settings.data, settings.count)
+    family = load_model(evaluate.folder, evaluate.dtype)
+    ladder = row in settings.ladder
+    schedules = {str(steps): family.sigmas(steps) for steps in (LADDER if ladder else (4,))}
+    schedules |= {name: (*sigmas, 0.0) for name, sigmas in (OFF_GRID if ladder else {}).items()}
+    with progress() as bar:
+        measured = {
+            name: measure(scorer, family, sigmas, evaluate, bar) for name, sigmas in schedules.items()
+        }
+    write_text_atomically(folder / "quality.json", json.dumps(measured, indent=2, ensure_ascii=False) + "\n")
+
+
+@cache
+def _scorer(data: Path, count: int) -> Scorer:
+    chosen = choose(EmojiDataset.load(data), count, EvaluateSettings.model_fields["choices"].default, seed=0)
+    return Scorer(Evaluator.load(ASSETS), chosen)
 
 
 def _cdm_train(arguments: Sequence[object]) -> None:
     command = [sys.executable, "-m", "training.main", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
-        raise UsageError(f"{' '.join(command[2:])} ended with {done.returncode}: {done.stdout.strip()[-2000:]}")
+        raise UsageError(
+            f"{' '.join(command[2:])} ended with {done.returncode}: {done.stdout.strip()[-2000:]}"
+        )
 
 
 def _measured(row: str, settings: AblationSettings) -> list[dict[str, Any]]:
-    """What was measured of a row, a dictionary per seed: the `rows` of `cdm-train evaluate`, off-grid ones named."""
-    found = []
-    for seed in settings.seeds:
-        folder = settings.out / f"{ROWS[row]}-{seed}"
-        if (folder / "quality.json").is_file():
-            by_name = {str(each["steps"]): each for each in _rows(folder / "quality.json")}
-            for name in OFF_GRID:
-                if (path := folder / f"quality-{name}.json").is_file():
-                    by_name[name] = _rows(path)[-1]
-            found.append(by_name)
-    return found
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return rows
+    """What was measured of a row, a dictionary per seed: rows of `cdm-train evaluate` by schedule."""
+    paths = [settings.out / f"{ROWS[row]}-{seed}" / "quality.json" for seed in settings.seeds]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
 
 
 def _summary(row: str, results: Sequence[dict[str, Any]], steps: str = "4") -> dict[str, Any]:
@@ -156,5 +178,5 @@ def _metric(row: dict[str, Any], name: str) -> float:
 
 
 def _ladder(row: str, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    names = [name for name in ("1", "2", "3", "4", "6", "8", *OFF_GRID) if any(name in each for each in results)]
+    names = [name for name in (*map(str, LADDER), *OFF_GRID) if any(name in each for each in results)]
     return [_summary(row, results, name) for name in names]

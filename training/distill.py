@@ -118,12 +118,14 @@ class Distillation:
         k_R = draws.integers(len(sigma_N))
         noise_RCHW = draws.normal(self.latent_shape)
 
-        def velocity(x_SCHW: Tensor, sigma_S: Tensor, rows: Tensor) -> Tensor:
+        def velocity(x_RCHW: Tensor, sigma_R: Tensor, rows: Tensor) -> Tensor:
             some = {name: value[rows] for name, value in cond.items()}
-            return self.velocity(self.roles.student, x_SCHW, sigma_S, some)
+            return self.velocity(self.roles.student, x_RCHW, sigma_R, some)
 
         truncate = self.config.truncated_rollout
-        return rollout(velocity, noise_RCHW, sigma_N, k_R, truncate, len(sigma_N) if self.parallel.fsdp else 0)
+        return rollout(
+            velocity, noise_RCHW, sigma_N, k_R, truncate, len(sigma_N) if self.parallel.fsdp else 0
+        )
 
     def fake_step(self, step: int, parts: Sequence[Part]) -> Values:
         """Flow matching of φ on the student's samples, then the merge φ ← 0.999·φ + 0.001·θ."""
@@ -214,7 +216,9 @@ class Distillation:
                 x0_RCHW = self.x0(student, anchor.x_BCHW, anchor.sigma_B, part.cond)
             terms.append(Term.renoised(name, weight, x0_RCHW, eps_RCHW, tau_R))
         if config.weight_cdm:
-            x_off_RCHW, sigma_off_R = losses.off_trajectory(config.off_trajectory, anchor, sigma_off_R, eps_off)
+            x_off_RCHW, sigma_off_R = losses.off_trajectory(
+                config.off_trajectory, anchor, sigma_off_R, eps_off
+            )
             x0_off_RCHW = self.x0(student, x_off_RCHW, sigma_off_R, part.cond)
             terms.append(Term.renoised("cdm", config.weight_cdm, x0_off_RCHW, eps_cdm, tau_cdm_R))
         return terms

@@ -14,8 +14,11 @@ from torch import Tensor
 
 def generator(*key: int) -> torch.Generator:
     """Torch randomness of a key of whole numbers ≥ 0: equal keys draw equal numbers, in whatever process."""
-    mixed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
+    return _seeded(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def _seeded(state: np.uint64) -> torch.Generator:
+    return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
 
 class Draws:
@@ -23,7 +26,9 @@ class Draws:
 
     def __init__(self, seed: int, step: int, stream: int, rows: Sequence[int], device: torch.device) -> None:
         """`rows`: the samples' numbers within the whole batch."""
-        self.generators = [generator(seed, step, stream, row) for row in rows]
+        # One hash for all: its i-th word does not depend on how many words are asked for.
+        states = np.random.SeedSequence([seed, step, stream]).generate_state(max(rows) + 1, np.uint64)
+        self.generators = [_seeded(states[row]) for row in rows]
         self.device = device
 
     def uniform(self) -> Tensor:

@@ -48,7 +48,8 @@ class EvaluateSettings(CommandSettings, env_prefix="CDM_EVALUATE_"):
         [4], min_length=1, description="step counts, one row each"
     )
     sigmas: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-        [], description="one more row: these σ, from 1 downwards and after the shift, in place of the model's own"
+        [],
+        description="one more row: these σ, from 1 downwards and after the shift, in place of the model's own",
     )
     guidance: float = Field(
         1.0, ge=0, description="classifier-free guidance; other than 1 it doubles the NFE"
@@ -81,8 +82,12 @@ class EvaluateSettings(CommandSettings, env_prefix="CDM_EVALUATE_"):
 def evaluate(settings: EvaluateSettings) -> int:
     """Measure, print the table and one JSON line."""
     torch.set_num_threads(settings.threads)
-    if settings.sigmas and (settings.sigmas[0] != 1 or settings.sigmas != sorted(settings.sigmas, reverse=True)):
-        raise TrainingError(f"--sigmas={settings.sigmas}: a schedule begins at 1 and falls; 0 is added at its end")
+    if settings.sigmas and (
+        settings.sigmas[0] != 1 or settings.sigmas != sorted(settings.sigmas, reverse=True)
+    ):
+        raise TrainingError(
+            f"--sigmas={settings.sigmas}: a schedule begins at 1 and falls; 0 is added at its end"
+        )
     data = EmojiDataset.load(settings.data)
     if settings.record:
         read_recorded(settings.folder)  # refused now, not after the measuring

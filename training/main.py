@@ -48,7 +48,8 @@ COMMANDS = {
         "training.recipes:train_emoji",
         "distil the teacher into a few-step student",
         extra="train",
-        epilog="cdm-train emoji-cdm --teacher runs/teacher/model\ncdm-train emoji-cdm --teacher T --variant dmd2 --out runs/dmd2",
+        epilog="cdm-train emoji-cdm --teacher runs/teacher/model\n"
+        "cdm-train emoji-cdm --teacher T --variant dmd2 --out runs/dmd2",
         user_errors=USER_ERRORS,
     ),
     "emoji-consistency": Command(
@@ -63,7 +64,8 @@ COMMANDS = {
         "training.recipes:train_listed",
         "distil SD3-Medium, with the published settings",
         extra="train",
-        epilog="cdm-train sd3-cdm --prompts prompts.txt\naccelerate launch -m training.main sd3-cdm --prompts prompts.txt --parallel fsdp",
+        epilog="cdm-train sd3-cdm --prompts prompts.txt --student-rank 64 --fake-rank 64\n"
+        "accelerate launch -m training.main sd3-cdm --prompts prompts.txt --parallel fsdp",
         user_errors=USER_ERRORS,
     ),
     "sd35-cdm": Command(

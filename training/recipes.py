@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, create_model
 
 from engines.cli import CommandSettings
 from training.config import CDMConfig, ConsistencyConfig, MachineConfig, OptimConfig
 from training.errors import TrainingError
-from training.variants import changes
+from training.variants import Variant, changes
 
 if TYPE_CHECKING:
     from training.prompts import Prompts
@@ -60,7 +60,7 @@ def sd3_consistency() -> ConsistencyConfig:
     return ConsistencyConfig()
 
 
-class TrainSettings(CommandSettings, MachineConfig):  # type: ignore[misc]  # model_configs are merged by pydantic
+class TrainSettings(CommandSettings, MachineConfig):
     """What every distillation asks beside its constants."""
 
     teacher: Path = Field(description="the teacher: a local diffusers folder, or a hub id such as org/name")
@@ -89,16 +89,17 @@ class TrainSettings(CommandSettings, MachineConfig):  # type: ignore[misc]  # mo
 class DistilSettings(TrainSettings, CDMConfig):  # type: ignore[misc]
     """Distil a teacher into a few-step student; the same command resumes."""
 
-    variant: Literal[
-        "cdm", "parity", "dmd2", "decoupled", "dynamic", "no-dm", "no-ca", "ca-only", "dm-only", "cdm-only",
-        "fixed", "no-perturbation", "gaussian", "below-anchor",
-    ] = Field("cdm", description="objective: CDM, the authors' code, an ablation, DMD2; flags that are given win")  # fmt: skip
+    variant: Variant = Field(
+        "cdm", description="objective: CDM, the authors' code, an ablation, DMD2; flags that are given win"
+    )
 
     def config(self) -> CDMConfig:
         """The recipe's constants, those of the variant, and those that were given, the later winning."""
         base = {name: getattr(self, name) for name in CDMConfig.model_fields}
         given = {name: base[name] for name in base if name in self.model_fields_set}
-        return CDMConfig(**{**base, **changes(self.variant, CDMConfig(**base), super().recipe().split("_")[0]), **given})
+        return CDMConfig(
+            **{**base, **changes(self.variant, CDMConfig(**base), super().recipe().split("_")[0]), **given}
+        )
 
     def recipe(self) -> str:
         """As for all, and the variant."""
@@ -114,9 +115,7 @@ class ConsistencySettings(TrainSettings, ConsistencyConfig):  # type: ignore[mis
 
 
 RUNTIME_FIELDS = tuple(
-    name
-    for name in DistilSettings.model_fields
-    if name not in CDMConfig.model_fields and name != "variant"
+    name for name in DistilSettings.model_fields if name not in CDMConfig.model_fields and name != "variant"
 )
 """Settings that a resumed run may change: they decide how it is run, not what it learns."""
 

@@ -12,8 +12,8 @@ import torch
 from engines.export.source import find_student
 from engines.families.base import Family, FamilyError, load_family
 from training import checkpoint
-from training.cpu_kernels import keep_freed_memory
 from training.config import CDMConfig, OptimConfig
+from training.cpu_kernels import keep_freed_memory
 from training.distill import Distillation, Method, distill
 from training.errors import TrainingError
 from training.grid import tile
@@ -100,7 +100,9 @@ def set_resolution(family: Family, side: int) -> None:
         return
     unit = family.downscale * family.patch_size
     if side % unit:
-        raise TrainingError(f"--resolution={side}: pictures of this teacher have sides of multiples of {unit}")
+        raise TrainingError(
+            f"--resolution={side}: pictures of this teacher have sides of multiples of {unit}"
+        )
     table = getattr(family.transformer.config, "pos_embed_max_size", None)
     if table is not None and side > table * unit:
         raise TrainingError(

@@ -6,7 +6,7 @@ Each is a few changes of `CDMConfig`; nothing else differs, so that rows of a ta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from training.config import CDMConfig
 
@@ -14,7 +14,12 @@ Changes = Mapping[str, Any]
 FIXED: Changes = {"schedule": "fixed"}
 NO_CDM: Changes = {"weight_cdm": 0.0}
 
-VARIANTS: Mapping[str, Callable[[CDMConfig], Changes]] = {
+Variant = Literal[
+    "cdm", "parity", "dmd2", "decoupled", "dynamic", "no-dm", "no-ca", "ca-only", "dm-only", "cdm-only", "fixed",
+    "no-perturbation", "gaussian", "below-anchor",
+]  # fmt: skip
+
+VARIANTS: Mapping[Variant, Callable[[CDMConfig], Changes]] = {
     # the method, and the authors' code
     "cdm": lambda config: {},
     "parity": lambda config: {"shared_forward": False, "truncated_rollout": False},
@@ -41,7 +46,7 @@ PARITY_SHIFT: Mapping[str, float] = {"emoji": 1.5, "sd3": 3.0, "sd35": 3.0, "lon
 """The scheduler shift that the authors' code passes anchors through; LongCat's is e^1.15, that of 1024²."""
 
 
-def changes(variant: str, config: CDMConfig, base: str) -> dict[str, Any]:
+def changes(variant: Variant, config: CDMConfig, base: str) -> dict[str, Any]:
     """What `variant` changes in the recipe of `base` (a key of `PARITY_SHIFT`)."""
     changed = dict(VARIANTS[variant](config))
     if variant == "parity":

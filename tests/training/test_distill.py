@@ -119,7 +119,9 @@ def test_micro_batches_learn_what_the_whole_batch_would(tiny_model):
     for step in range(2):
         one, other = whole.iterate(step), divided.iterate(step)
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6, nan_ok=False)
-    for a, b in zip(whole.roles.student.mixed.parameters, divided.roles.student.mixed.parameters, strict=True):
+    for a, b in zip(
+        whole.roles.student.mixed.parameters, divided.roles.student.mixed.parameters, strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4)  # Adam's first step is lr·sign(g): 1e-3 each
 
 

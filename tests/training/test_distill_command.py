@@ -176,7 +176,10 @@ def test_a_teacher_that_changes_while_it_is_copied_is_refused(teacher, tmp_path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--teacher", "no-such-folder"], "no-such-folder has no transformer/*.safetensors"),
+        (
+            ["--teacher", "no-such-folder"],
+            "no-such-folder is not a diffusers folder (nothing is there) and not a hub id",
+        ),
         (["--prompts", "none.txt"], "none.txt cannot be read"),
         (["--lr-student", "0"], "--lr-student=0"),
         (["--anchor-low", "0.99"], "anchor_low=0.99 is above anchor_high=0.95"),

@@ -19,7 +19,9 @@ from training.parallel import Parallel
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(folder: Path, out: Path, processes: int, mode: str = "ddp", micro_batch: int = 0, **changes: Any) -> Path:
+def run(
+    folder: Path, out: Path, processes: int, mode: str = "ddp", micro_batch: int = 0, **changes: Any
+) -> Path:
     command = [sys.executable, "-W", "ignore"]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -67,7 +69,9 @@ def test_samples_are_divided_without_gap_or_overlap():
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
-    with pytest.raises(TrainingError, match="--batch=7 cannot be divided among 2 processes; give a multiple of 2"):
+    with pytest.raises(
+        TrainingError, match="--batch=7 cannot be divided among 2 processes; give a multiple of 2"
+    ):
         Parallel(torch.device("cpu"), 0, 2).require_divisible(7)
 
 

@@ -33,12 +33,16 @@ def tiny_config(**changes: Any) -> CDMConfig:
     return CDMConfig(**{**SMALL, **changes})
 
 
-def tiny_distillation(folder: Path, pass_batch: int = 128, micro_batch: int = 0, **changes: Any) -> Distillation:
+def tiny_distillation(
+    folder: Path, pass_batch: int = 128, micro_batch: int = 0, **changes: Any
+) -> Distillation:
     config = tiny_config(**changes)
     family = load_family(folder)
     prompts = Prompts.of([(text, 1.0) for text in TEXTS], "test")
     table = embed_prompts(family, prompts.texts, getattr(torch, config.dtype))
-    return Distillation(family, config, Roles(family.transformer, config), prompts, table, pass_batch, micro_batch)
+    return Distillation(
+        family, config, Roles(family.transformer, config), prompts, table, pass_batch, micro_batch
+    )
 
 
 def tiny_part(work: Distillation, step: int = 0, prompts: tuple[int, ...] = (0, 1, 2, 0)) -> Part:

@@ -35,7 +35,7 @@ from training.grid import tile
 from training.losses import renoise
 from training.optim import MixedPrecision, split_muon, warmup
 from training.rollout import shifted
-from training.run import Run, config_sha256, numpy_generator
+from training.run import Run, config_sha256, generator, numpy_generator
 from training.sampling import generate
 
 LOOK_STEPS, LOOK_GUIDANCE = 25, 4.0
