@@ -1,0 +1,70 @@
+"""The first losses of every recipe on tiny random-weight teachers: written once, compared ever after.
+
+    python -m tests.training.golden        # after a change that is meant to change them; the diff goes into the review
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from engines.families.base import load_family
+from tests.folders import FOLDERS
+from training.config import CDMConfig
+from training.distill import Distillation
+from training.prompts import Prompts, embed_prompts
+from training.recipes import emoji_cdm, longcat_cdm, sd3_cdm, sd35_cdm
+from training.roles import Roles
+from training.variants import VARIANTS, changes
+
+GOLDEN = Path(__file__).parent / "golden.json"
+STEPS = 20
+TEXTS = ("red apple", "green apple", "face with tears")
+RECIPES: dict[str, tuple[str, Callable[[], CDMConfig]]] = {
+    "sd3-cdm": ("sd3-medium", sd3_cdm),
+    "sd35-cdm": ("sd35-medium", sd35_cdm),
+    "longcat-cdm": ("longcat", longcat_cdm),
+}
+"""Recipe → folder of `tests/folders.py`, config; emoji's are made of the variants."""
+
+
+def cases() -> Iterator[tuple[str, str, CDMConfig]]:
+    """Name, folder, config of every recipe and variant."""
+    for name, (folder, recipe) in RECIPES.items():
+        yield name, folder, recipe()
+    for variant in VARIANTS:
+        base = emoji_cdm()
+        config = CDMConfig(**{**base.model_dump(), **changes(variant, base, "emoji")})
+        yield f"emoji-cdm {variant}", "emoji", config
+
+
+def first_losses(teacher: Path, config: CDMConfig) -> dict[str, list[float]]:
+    """Every logged loss of the first 20 iterations, by name; float32, two prompts a step, one thread."""
+    small = config.model_copy(update={"batch": 2, "dtype": "float32", "warmup": 10, "n_max": min(config.n_max, 8)})
+    torch.set_num_threads(1)
+    family = load_family(teacher)
+    prompts = Prompts.of([(text, 1.0) for text in TEXTS], "golden")
+    table = embed_prompts(family, prompts.texts, torch.float32)
+    work = Distillation(family, small, Roles(family.transformer, small), prompts, table)
+    losses: dict[str, list[float]] = {}
+    for step in range(STEPS):
+        for name, value in work.iterate(step).items():
+            if name in ("fake", "ca", "dm", "cdm", "student"):
+                losses.setdefault(name, []).append(float(f"{value:.6g}"))
+    return losses
+
+
+def main() -> None:
+    """Write `golden.json` anew."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {name: FOLDERS[name](Path(scratch) / name) for name in {folder for _, folder, _ in cases()}}
+        golden = {name: first_losses(folders[folder], config) for name, folder, config in cases()}
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
