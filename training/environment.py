@@ -1,7 +1,7 @@
 """Where and how a run was started: machine, packages, command. One entry per start in `RUN/environment.json`.
 
-    record_start(Path("runs/student"), step=run.resume(state), device=torch.device("cuda"))
-    starts = read_starts(Path("runs/student"))      # [{"time": …, "step": 0, …}, {"time": …, "step": 400, …}]
+record_start(Path("runs/student"), step=run.resume(state), device=torch.device("cuda"))
+starts = read_starts(Path("runs/student"))      # [{"time": …, "step": 0, …}, {"time": …, "step": 400, …}]
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ PACKAGES = (
 
 
 def record_start(
-    folder: Path, step: int, device: torch.device | None = None, recipe: str = "", argv: Sequence[str] | None = None
+    folder: Path,
+    step: int,
+    device: torch.device | None = None,
+    recipe: str = "",
+    argv: Sequence[str] | None = None,
 ) -> None:
     """Append this start to the run's `environment.json`: call it once the step to go on with is known.
 

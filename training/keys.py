@@ -29,7 +29,7 @@ LOSSES = Group(
 )  # fmt: skip
 NORMS = Group(
     "Gradient norms", "‖∇‖₂ before clipping",
-    "Above the dashed line the gradient is clipped to it. Spikes are bad batches; a steady rise comes before divergence.",
+    "Above the dashed line the gradient is clipped to it. Spikes are bad batches; a steady rise precedes divergence.",
 )  # fmt: skip
 WEIGHTS = Group(
     "Loss weights", "w, 1 / latent unit",
@@ -50,7 +50,9 @@ LATENTS = Group(
     "The student's x̂0 over the batch. A mean that drifts, or a spread that grows far past where it began, is the way "
     "to washed-out or oversaturated pictures.",
 )  # fmt: skip
-RATES = Group("Learning rates", "learning rate", "What the optimizers were given, warm-up and cool-down included.")
+RATES = Group(
+    "Learning rates", "learning rate", "What the optimizers were given, warm-up and cool-down included."
+)
 THROUGHPUT = Group("Throughput", "per second", "From the log's own times, pauses between starts left out.")
 OTHER = Group("Other", "value", "")
 

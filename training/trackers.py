@@ -7,7 +7,8 @@
 
 A run resumed at `step` repeats what a killed process had done after its last checkpoint. TensorBoard is told to forget
 that part (`purge_step`). W&B cannot forget, so what it already has is not sent twice: an exact resume repeats the
-same numbers. A kill within a second of a step may leave W&B without that step; `log.jsonl` has them all.
+same numbers. A server says what it has; offline, W&B's file is some 15 seconds behind, and a kill may leave its curve
+without them. `log.jsonl` has every step.
 """
 
 from __future__ import annotations
@@ -54,7 +55,11 @@ class Trackers:
         if kind == "none" or not PartialState().is_main_process:
             return cls(None, "none")
         try:
-            return cls._tensorboard(folder, config, step) if kind == "tensorboard" else cls._wandb(folder, config)
+            return (
+                cls._tensorboard(folder, config, step)
+                if kind == "tensorboard"
+                else cls._wandb(folder, config)
+            )
         except ModuleNotFoundError as error:
             raise TrainingError(
                 f"--tracker={kind} needs the package {error.name!r}, which is not installed; "
@@ -90,6 +95,8 @@ class Trackers:
                 f"--tracker=wandb: W&B does not start ({error}); run `wandb login`, or set WANDB_MODE=offline and "
                 "upload later with `wandb sync`, or use another --tracker"
             ) from error
+        if not tracker.run.offline:
+            progress.server_has(tracker.run.starting_step)
         return cls(tracker, "wandb", progress)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -122,6 +129,11 @@ class _Progress:
 
     def __init__(self, path: Path, run: str, sent: dict[str, int]) -> None:
         self._path, self.id, self._sent = path, run, sent
+        self._before = 0
+
+    def server_has(self, before: int) -> None:
+        """The server's word, everything of steps below `before`, counts for more than what was sent."""
+        self._sent, self._before = {}, before
 
     @classmethod
     def of(cls, path: Path) -> Self:
@@ -142,7 +154,7 @@ class _Progress:
 
     def is_new(self, what: str, step: int) -> bool:
         """Whether W&B has not been sent `what` of `step`."""
-        return step > self._sent.get(what, -1)
+        return step >= self._before and step > self._sent.get(what, -1)
 
     def done(self, what: str, step: int) -> None:
         """Remember it, for a process that resumes this run."""

@@ -17,7 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 392, 14, 150
 """Of the plot within the picture; its units are about pixels where three charts stand side by side."""
 COLUMNS = RIGHT - LEFT
 LOG_RATIO = 30.0
-"""A positive curve whose greatest value is so many times its median, or its median its least, has a logarithmic axis."""
+"""A positive curve that spends time so many times above or below its median has a logarithmic axis."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def draw(
     key: Key, curve: Curve, events: Sequence[Event], last_step: int, reference: tuple[float, str] | None = None,
     axis: str = "",
 ) -> Chart:  # fmt: skip
-    """`curve` over iterations 0 … `last_step`. `reference`: a value worth a dashed line, with its name, if it is near."""
+    """`curve` over iterations 0 … `last_step`. `reference`: a value for a dashed line, if it is near, and its name."""
     values, smoothed = curve.values, smooth(curve.values)
     logarithmic = _is_logarithmic(values)
     if reference is not None and not (min(values) / 2 <= reference[0] <= 2 * max(values)):
@@ -110,8 +110,10 @@ def draw(
 def _is_logarithmic(values: Sequence[float]) -> bool:
     if len(values) < 2 or min(values) <= 0:
         return False
+    # Deciles: a spike, or the first iterations of a warm-up, must not decide for all others.
+    low, *_, high = statistics.quantiles(values, n=10)
     middle = statistics.median(values)
-    return max(values) > LOG_RATIO * middle or middle > LOG_RATIO * min(values)
+    return high > LOG_RATIO * middle or middle > LOG_RATIO * low
 
 
 def _range(values: Sequence[float], logarithmic: bool) -> tuple[float, float]:
@@ -141,4 +143,3 @@ def reference_of(key: Key, config: dict[str, object]) -> tuple[float, str] | Non
     if key.group is WEIGHTS and isinstance(floor, (int, float)) and floor > 0:
         return 1 / floor, f"1/floor {number(1 / floor)}"
     return (0.0, "") if key.group.name == "Cosines" else None
-

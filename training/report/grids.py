@@ -69,7 +69,9 @@ def _load(step: int, path: Path) -> Grid:
         if width > MAX_WIDTH:
             height, width = round(height * MAX_WIDTH / width), MAX_WIDTH
             buffer, kind = io.BytesIO(), "webp"
-            picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(buffer, "WEBP", quality=90)
+            picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS).save(
+                buffer, "WEBP", quality=90
+            )
             data = buffer.getvalue()
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return Grid(step, uri, width, height)

@@ -210,9 +210,7 @@ def _evaluations(folder: Path, run: RunData) -> list[Evaluation]:
         except (OSError, ValueError, KeyError) as error:
             run.notes.append(f"evaluations/{path.name} could not be read ({error!r})")
             continue
-        found.append(
-            Evaluation(path.stem, {**(value if isinstance(value, dict) else {}), "rows": rows})
-        )
+        found.append(Evaluation(path.stem, {**(value if isinstance(value, dict) else {}), "rows": rows}))
     return found
 
 
@@ -223,7 +221,11 @@ def _files(folder: Path) -> list[Entry]:
         inside = path.relative_to(folder)
         if path.is_symlink() or not path.is_file() or inside.as_posix() == REPORT:
             continue
-        name = inside.name if len(inside.parts) == 1 else "/".join(inside.parts[: min(2, len(inside.parts) - 1)]) + "/"
+        name = (
+            inside.name
+            if len(inside.parts) == 1
+            else "/".join(inside.parts[: min(2, len(inside.parts) - 1)]) + "/"
+        )
         files, total = sizes.get(name, (0, 0))
         sizes[name] = (files + 1, total + path.stat().st_size)
     return [Entry(name, *sizes[name]) for name in sorted(sizes)]

@@ -34,7 +34,9 @@ def smooth(values: Sequence[float]) -> list[float]:
     return out
 
 
-def downsample(points: Sequence[tuple[float, float]], columns: int, low: float, high: float) -> list[tuple[float, float]]:
+def downsample(
+    points: Sequence[tuple[float, float]], columns: int, low: float, high: float
+) -> list[tuple[float, float]]:
     """At most 4 of the `points` (x ascending) per column of x between `low` and `high`: first, least, greatest, last.
 
     So no extreme is lost, and a line through what is left looks, at `columns` pixels, like one through all.

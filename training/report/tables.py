@@ -47,9 +47,15 @@ class Column:
 
 KNOWN = (
     Column("NFE", ("nfe",), "d"),
-    Column("alignment", ("scores", "overall", "alignment"), ".1%", 1, ("scores", "overall", "alignment_error")),
-    Column("alignment, seen", ("scores", "seen", "alignment"), ".1%", 1, ("scores", "seen", "alignment_error")),
-    Column("held out", ("scores", "heldout", "alignment"), ".1%", 1, ("scores", "heldout", "alignment_error")),
+    Column(
+        "alignment", ("scores", "overall", "alignment"), ".1%", 1, ("scores", "overall", "alignment_error")
+    ),
+    Column(
+        "alignment, seen", ("scores", "seen", "alignment"), ".1%", 1, ("scores", "seen", "alignment_error")
+    ),
+    Column(
+        "held out", ("scores", "heldout", "alignment"), ".1%", 1, ("scores", "heldout", "alignment_error")
+    ),
     Column("Fréchet", ("scores", "overall", "frechet"), ".2f", -1),
     Column("Fréchet, seen", ("scores", "seen", "frechet"), ".2f", -1),
     Column("held out", ("scores", "heldout", "frechet"), ".2f", -1),
@@ -62,7 +68,9 @@ KNOWN = (
 def evaluation_table(evaluation: Evaluation) -> Table:
     """Known columns that a row has; of rows of another making every number, by its path."""
     rows = evaluation.result["rows"]
-    columns: Sequence[Column] = [column for column in KNOWN if any(_at(row, column.path) is not None for row in rows)]
+    columns: Sequence[Column] = [
+        column for column in KNOWN if any(_at(row, column.path) is not None for row in rows)
+    ]
     if not any(column.path[0] == "scores" for column in columns):
         paths = dict.fromkeys(path for row in rows for path in _numbers(row))
         columns = [Column(".".join(path), path, "g") for path in paths]

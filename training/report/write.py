@@ -152,7 +152,9 @@ def _summary(run: RunData) -> dict[str, Any]:
         "Teacher": run.provenance.get("teacher") or run.config.get("teacher", ""),
         "Teacher sha256": run.config.get("teacher_sha256", ""),
         "Prompts": run.config.get("prompts", ""),
-        "Began": moment(min([times.values[0], *(start["time"] for start in run.starts)])) if times.values else "",
+        "Began": moment(min([times.values[0], *(start["time"] for start in run.starts)]))
+        if times.values
+        else "",
         "Last logged": moment(times.values[-1]) if times.values else "",
         "Device": _device(run),
         "Config sha256": run.provenance.get("config_sha256", ""),
