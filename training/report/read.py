@@ -195,23 +195,28 @@ def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
 def _evaluations(folder: Path, run: RunData) -> list[Evaluation]:
     """Those kept with the student, then `evaluations/*.json` by name. A file may hold a result or a list of rows."""
     metrics = run.provenance.get("metrics")
-    kept = metrics.items() if isinstance(metrics, dict) else ()
-    found = [
-        Evaluation("student" if name == "evaluate" else str(name), value)
-        for name, value in kept
-        if isinstance(value, dict) and isinstance(value.get("rows"), list)
-    ]
+    found = []
+    for name, value in metrics.items() if isinstance(metrics, dict) else ():
+        if (result := _result(value)) is not None:
+            found.append(Evaluation("student" if name == "evaluate" else str(name), result))
     for path in sorted((folder / "evaluations").glob("*.json")):
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-            rows = value["rows"] if isinstance(value, dict) else value
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            result = _result(json.loads(path.read_text(encoding="utf-8")))
+            if result is None:
                 raise ValueError("no list of rows")
-        except (OSError, ValueError, KeyError) as error:
-            run.notes.append(f"evaluations/{path.name} could not be read ({error!r})")
+        except (OSError, ValueError) as error:
+            run.notes.append(f"evaluations/{path.name} could not be read ({error})")
             continue
-        found.append(Evaluation(path.stem, {**(value if isinstance(value, dict) else {}), "rows": rows}))
+        found.append(Evaluation(path.stem, result))
     return found
+
+
+def _result(value: Any) -> dict[str, Any] | None:
+    """What `cdm-train evaluate` writes, or the bare list of its rows; None if it is neither."""
+    result = value if isinstance(value, dict) else {"rows": value}
+    rows = result.get("rows")
+    valid = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+    return result if valid else None
 
 
 def _files(folder: Path) -> list[Entry]:

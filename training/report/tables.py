@@ -60,7 +60,7 @@ KNOWN = (
     Column("Fréchet, seen", ("scores", "seen", "frechet"), ".2f", -1),
     Column("held out", ("scores", "heldout", "frechet"), ".2f", -1),
     Column("diversity", ("diversity",), ".3f", 1),
-    Column("s/picture", ("seconds_per_picture",), ".3f", -1),
+    Column("s/picture", ("seconds_per_picture",), ".3f"),
 )
 """What `cdm-train evaluate` writes."""
 
@@ -104,9 +104,9 @@ def _numbers(row: Mapping[str, Any], above: tuple[str, ...] = ()) -> list[tuple[
 
 
 def _best(rows: Sequence[Mapping[str, Any]], column: Column) -> float | None:
-    """Of the rows that were generated in a number of steps; real pictures are no contender. None if fewer than two."""
+    """Of the rows that were generated in a number of steps; real pictures are no contender. None if they do not differ."""
     values = [value for row in rows if "nfe" in row and (value := _at(row, column.path)) is not None]
-    if len(values) < 2:
+    if len(set(values)) < 2:
         return None
     return max(values) if column.better > 0 else min(values)
 

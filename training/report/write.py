@@ -96,7 +96,7 @@ def render(run: RunData, most_grids: int) -> str:
         files_total=size(sum(entry.bytes for entry in run.files)),
         notes=run.notes,
         moment=moment,
-        licences=[str(licence) for licence in run.provenance.get("licences", ())],
+        licences=[str(licence) for licence in run.provenance.get("licences") or ()],
     )
 
 
