@@ -93,6 +93,8 @@ def key_info(name: str) -> Key:
     """By the words of the name."""
     group = next((group for group, pattern in _FAMILIES if re.search(pattern, name)), OTHER)
     words = name.split("_")
+    if group is RATES and words[0] == "lr":
+        words = [*words[1:], "lr"]  # "Student learning rate", as "Student gradient norm"
     told = [_WORDS.get(word, word) for word in words if word]
     title = " ".join(told)
     if group is COSINES and len(told) == 3:
@@ -106,5 +108,5 @@ def key_info(name: str) -> Key:
 
 def reading_order(key: Key) -> tuple[int, str, int]:
     """Sorts keys by group, within it by kind (all distances, then all Δ), within that by term."""
-    kind = "" if key.group is LOSSES else key.name.removeprefix(key.term)
+    kind = "" if key.group is LOSSES else " ".join(word for word in key.name.split("_") if word != key.term)
     return GROUPS.index(key.group), kind, _TERMS.index(key.term)

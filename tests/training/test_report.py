@@ -168,7 +168,14 @@ def test_values_that_are_not_finite_are_events(tmp_path):
     run = build_run(tmp_path / "run")
     with (run / "log.jsonl").open("a") as file:
         file.write('{"step": 60, "time": 2000000000, "ca": NaN, "dm": 1.0}\n')
-    assert "ca = nan" in page_of(run).text_in("td")
+    page = page_of(run)
+    assert "ca = nan" in page.text_in("td")
+    assert "ca = nan" in page.text_in("p")  # at the top: it is why the run ended
+    with (run / "log.jsonl").open("a") as file:
+        file.write(
+            '{"step": 61, "time": 2000000001, "ca": 1.0}\n{"step": 62, "time": 2000000002, "ca": 1.0}\n'
+        )
+    assert "ca = nan" not in page_of(run).text_in("p")  # it went on
 
 
 @pytest.mark.parametrize("left_out", ["samples", "log.jsonl", "environment.json", "config.json"])

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from training.keys import NORMS, WEIGHTS, Key
+from training.keys import NORMS, RATES, WEIGHTS, Key
 from training.report.read import Curve, Event
 from training.report.series import downsample, log_ticks, smooth, ticks
 from training.report.words import compact, number
@@ -80,7 +80,8 @@ def draw(
     axis: str = "",
 ) -> Chart:  # fmt: skip
     """`curve` over iterations 0 … `last_step`. `reference`: a value for a dashed line, if it is near, and its name."""
-    values, smoothed = curve.values, smooth(curve.values)
+    values = curve.values
+    smoothed = values if key.group is RATES else smooth(values)  # a schedule has no noise to average out
     logarithmic = _is_logarithmic(values)
     if reference is not None and not (min(values) / 2 <= reference[0] <= 2 * max(values)):
         reference = None

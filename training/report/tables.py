@@ -104,7 +104,7 @@ def _numbers(row: Mapping[str, Any], above: tuple[str, ...] = ()) -> list[tuple[
 
 
 def _best(rows: Sequence[Mapping[str, Any]], column: Column) -> float | None:
-    """Of the rows that were generated in a number of steps; real pictures are no contender. None if they do not differ."""
+    """Of generated rows: real pictures are no contender. None if they do not differ."""
     values = [value for row in rows if "nfe" in row and (value := _at(row, column.path)) is not None]
     if len(set(values)) < 2:
         return None

@@ -172,6 +172,8 @@ def _summary(run: RunData) -> dict[str, Any]:
         "samples": number(round(per_second * batch, 2)) if per_second and isinstance(batch, int) else "",
         "losses": [(key, number(smooth(log.curves[key.name].values)[-1])) for key in losses],
         "best": tables.headline(run.evaluations),
+        # Why it ended: unless it was resumed, and went past it.
+        "stopped": [event for event in log.events if event.kind == "stop" and event.step >= log.done - 1],
         "facts": [(name, str(value)) for name, value in facts.items() if value],
     }
 
@@ -184,4 +186,5 @@ def _device(run: RunData) -> str:
     gpus = start.get("gpus") or []
     if str(start.get("device", "")).startswith("cuda") and gpus:
         return f"{start.get('processes', 1)} × {gpus[0].get('name')}, {gpus[0].get('memory_gib')} GiB"
-    return f"{start.get('cpu')}, {start.get('threads')} thread(s)"
+    threads = start.get("threads", 1)
+    return f"{start.get('cpu')}, {threads} thread{'' if threads == 1 else 's'}"
