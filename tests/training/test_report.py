@@ -104,6 +104,15 @@ def test_settings_that_differ_from_the_recipes_are_marked(distilled):
     assert not {"weight_ca", "tau_low", "teacher", "teacher_sha256"} & changed
 
 
+def test_a_variants_settings_are_held_against_its_recipes(tmp_path):
+    run = build_run(tmp_path / "run")
+    (run / "student").mkdir()
+    (run / "student" / "provenance.json").write_text('{"recipe": "emoji_cdm dmd2"}')
+    text = write_report(run).read_text(encoding="utf-8")
+    assert '<tr class="changed"><td class="text"><code>n_max</code></td><td class="text value">5</td>' in text
+    assert "Training report · emoji_cdm dmd2" in walk(text).text_in("p")
+
+
 def test_everything_from_the_run_is_escaped(tmp_path):
     run = build_run(tmp_path / "run<b>", prompt=EVIL)
     with (run / "log.jsonl").open("a") as file:

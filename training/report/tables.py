@@ -168,7 +168,8 @@ def settings_table(run: RunData) -> tuple[list[Setting], bool]:
 def _fields(recipe: str) -> Mapping[str, Any]:
     from training.main import COMMANDS  # not above: it names every command, this report's too
 
-    command = COMMANDS.get(recipe.replace("_", "-"))
+    # "emoji_cdm dmd2" is a variant of the recipe that the command emoji-cdm runs.
+    command = COMMANDS.get(recipe.partition(" ")[0].replace("_", "-"))
     if command is None:
         return {}
     module, _, name = command.settings.partition(":")
