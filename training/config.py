@@ -16,9 +16,7 @@ class OptimConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int = Field(
-        4001, ge=1, description="iterations; with CDM the student takes every student_every-th"
-    )
+    steps: int = Field(4001, ge=1, description="iterations; with CDM the student takes every student_every-th")
     batch: int = Field(128, ge=1, description="prompts per step, over all processes")
     seed: int = Field(0, ge=0, description="seed of everything drawn")
 
@@ -62,9 +60,7 @@ class CDMConfig(OptimConfig):
     schedule: Literal["dynamic", "fixed"] = Field(
         "dynamic", description="dynamic: random length and anchors, as CDM; fixed: the sampler's own, as DMD2"
     )
-    n_max: int = Field(
-        28, ge=1, description="longest dynamic schedule: N ~ U{1…n_max}, drawn every iteration"
-    )
+    n_max: int = Field(28, ge=1, description="longest dynamic schedule: N ~ U{1…n_max}, drawn every iteration")
     anchor_low: float = Field(0.25, ge=0, le=1, description="lowest inner anchor σ, before the shift")
     anchor_high: float = Field(0.95, ge=0, le=1, description="highest inner anchor σ, before the shift")
     anchor_shift: float = Field(
@@ -153,16 +149,12 @@ class ConsistencyConfig(OptimConfig):
 class MachineConfig(BaseModel):
     """How a distillation is computed: a resumed run may change it, and results differ by rounding only."""
 
-    device: str = Field(
-        "auto", description="torch device: auto, cpu, cuda, cuda:1; auto takes a GPU if there is one"
-    )
+    device: str = Field("auto", description="torch device: auto, cpu, cuda, cuda:1; auto takes a GPU if there is one")
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="with several processes: every one holds all weights, or FSDP2 shards them"
     )
     micro_batch: int = Field(
-        0,
-        ge=0,
-        description="samples of one forward with gradient in one process; 0: the process's whole share",
+        0, ge=0, description="samples of one forward with gradient in one process; 0: the process's whole share"
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute blocks in the backward pass instead of keeping their activations"

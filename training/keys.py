@@ -34,7 +34,7 @@ NORMS = Group(
 WEIGHTS = Group(
     "Loss weights", "w, 1 / latent unit",
     "w = 1 / max(mean|x̂0 of teacher − x̂0 of student|, floor), averaged over the batch. A weight pinned at 1/floor "
-    "(dashed) is the floor's doing: student and teacher agree there.",
+    "(dashed) is the floor's doing: student and teacher agree there. Floored: the share of samples it holds for.",
 )  # fmt: skip
 DIFFERENCES = Group(
     "Distances and directions", "mean |·|, latent units",
@@ -61,7 +61,7 @@ GROUPS = (LOSSES, NORMS, WEIGHTS, DIFFERENCES, COSINES, LATENTS, RATES, THROUGHP
 
 _FAMILIES = (
     (NORMS, r"(^|_)norm$"),
-    (WEIGHTS, r"(^|_)weight$"),
+    (WEIGHTS, r"(^|_)(weight|floored)$"),
     (DIFFERENCES, r"(^|_)(distance|delta|gap)$"),
     (COSINES, r"(^|_)cos(ine)?(_|$)"),
     (RATES, r"(^|_)(lr|rate)(_|$)"),
@@ -75,6 +75,8 @@ _WORDS = {
     "std": "standard deviation", "norm": "gradient norm", "delta": "Δ",
 }  # fmt: skip
 
+SHARES = ("floored", "saturated", "saturation")
+"""Last words of numbers from 0 to 1, whatever their group's unit."""
 _TERMS = ("student", "cdm", "dm", "ca", "fake", "")
 
 
@@ -85,6 +87,8 @@ class Key:
     name: str
     group: Group
     title: str
+    axis: str
+    """What the ordinate is, with its unit."""
     term: str
     """`student`, `fake`, `ca`, `dm`, `cdm`: whose number it is, for its colour; empty for none of them."""
 
@@ -103,10 +107,12 @@ def key_info(name: str) -> Key:
         title += " loss"
     title = title if title.startswith("x̂") else title[:1].upper() + title[1:]
     term = next((word for word in _TERMS if word and word in words), "")
-    return Key(name, group, title, "" if group is COSINES else term)
+    axis = "share of samples" if words[-1] in SHARES else group.axis
+    return Key(name, group, title, axis, "" if group is COSINES else term)
 
 
-def reading_order(key: Key) -> tuple[int, str, int]:
-    """Sorts keys by group, within it by kind (all distances, then all Δ), within that by term."""
-    kind = "" if key.group is LOSSES else " ".join(word for word in key.name.split("_") if word != key.term)
-    return GROUPS.index(key.group), kind, _TERMS.index(key.term)
+def reading_order(key: Key) -> tuple[int, bool, str, int]:
+    """Sorts keys by group, within it by kind (all distances, then all Δ), within that by term; shares come last."""
+    words = key.name.split("_")
+    kind = "" if key.group is LOSSES else " ".join(word for word in words if word != key.term)
+    return GROUPS.index(key.group), words[-1] in SHARES, kind, _TERMS.index(key.term)

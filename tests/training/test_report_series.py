@@ -92,12 +92,13 @@ def test_rates_are_those_of_the_work_and_never_cross_a_pause():
         ("cdm", LOSSES, "CDM loss"), ("fake", LOSSES, "Fake teacher loss"), ("loss", LOSSES, "Loss"),
         ("student_norm", NORMS, "Student gradient norm"), ("dm_weight", WEIGHTS, "DM weight"),
         ("cos_ca_dm", COSINES, "Cosine of CA and DM"), ("x0_std", LATENTS, "x̂0 standard deviation"),
-        ("lr_fake", RATES, "Fake teacher learning rate"), ("whatever", OTHER, "Whatever"),
+        ("cdm_floored", WEIGHTS, "CDM floored"), ("lr_fake", RATES, "Fake teacher learning rate"), ("whatever", OTHER, "Whatever"),
     ],
 )  # fmt: skip
 def test_a_numbers_name_says_where_it_is_drawn(name, group, title):
     key = key_info(name)
     assert (key.group, key.title) == (group, title)
+    assert key.axis == ("share of samples" if "floored" in name else group.axis)
     assert key.group in GROUPS
 
 

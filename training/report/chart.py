@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from training.keys import NORMS, RATES, WEIGHTS, Key
+from training.keys import NORMS, RATES, Key
 from training.report.read import Curve, Event
 from training.report.series import downsample, log_ticks, smooth, ticks
 from training.report.words import compact, number
@@ -51,7 +51,6 @@ class Chart:
     marks: Sequence[Mark]
     reference: Tick | None
     logarithmic: bool
-    axis: str
     x_range: tuple[float, float]
     y_range: tuple[float, float]
     last: str
@@ -76,8 +75,7 @@ class Scale:
 
 
 def draw(
-    key: Key, curve: Curve, events: Sequence[Event], last_step: int, reference: tuple[float, str] | None = None,
-    axis: str = "",
+    key: Key, curve: Curve, events: Sequence[Event], last_step: int, reference: tuple[float, str] | None = None
 ) -> Chart:  # fmt: skip
     """`curve` over iterations 0 … `last_step`. `reference`: a value for a dashed line, if it is near, and its name."""
     values = curve.values
@@ -99,7 +97,6 @@ def draw(
         marks=[Mark(round(x(event.step), 1), event.kind, f"iteration {event.step}: {event.text}") for event in events],
         reference=Tick(round(y(reference[0]), 1), reference[1]) if reference else None,
         logarithmic=logarithmic,
-        axis=axis or key.group.axis,
         x_range=(0, x.high),
         y_range=(low, high),
         last=number(smoothed[-1]),
@@ -141,6 +138,6 @@ def reference_of(key: Key, config: dict[str, object]) -> tuple[float, str] | Non
     clip, floor = config.get("clip"), config.get("weight_floor")
     if key.group is NORMS and isinstance(clip, (int, float)):
         return float(clip), f"clip {number(clip)}"
-    if key.group is WEIGHTS and isinstance(floor, (int, float)) and floor > 0:
+    if key.name.endswith("weight") and isinstance(floor, (int, float)) and floor > 0:
         return 1 / floor, f"1/floor {number(1 / floor)}"
     return (0.0, "") if key.group.name == "Cosines" else None

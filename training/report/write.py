@@ -121,7 +121,7 @@ def _groups(run: RunData, events: list[Event]) -> list[tuple[Any, list[chart.Cha
         charts.setdefault(key.group.name, []).append(drawn)
     speed, axis = _speed(run)
     if speed.values:
-        first = chart.draw(Key("", THROUGHPUT, "Speed", ""), speed, marked, last, axis=axis)
+        first = chart.draw(Key("", THROUGHPUT, "Speed", axis, ""), speed, marked, last)
         charts.setdefault(THROUGHPUT.name, []).insert(0, first)
     return [(group, charts[group.name]) for group in GROUPS if group.name in charts]
 
