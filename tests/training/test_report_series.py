@@ -92,7 +92,8 @@ def test_rates_are_those_of_the_work_and_never_cross_a_pause():
         ("cdm", LOSSES, "CDM loss"), ("fake", LOSSES, "Fake teacher loss"), ("loss", LOSSES, "Loss"),
         ("student_norm", NORMS, "Student gradient norm"), ("dm_weight", WEIGHTS, "DM weight"),
         ("cos_ca_dm", COSINES, "Cosine of CA and DM"), ("x0_std", LATENTS, "x̂0 standard deviation"),
-        ("cdm_floored", WEIGHTS, "CDM floored"), ("lr_fake", RATES, "Fake teacher learning rate"), ("whatever", OTHER, "Whatever"),
+        ("cdm_floored", WEIGHTS, "CDM floored"), ("lr_fake", RATES, "Fake teacher learning rate"),
+        ("whatever", OTHER, "Whatever"),
     ],
 )  # fmt: skip
 def test_a_numbers_name_says_where_it_is_drawn(name, group, title):
