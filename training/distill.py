@@ -257,17 +257,25 @@ class Distillation:
         return Draws(self.config.seed, step, stream, rows, self.device)
 
 
-def distill(work: Method, run: Run, after: Callable[[int], None] = lambda done: None) -> int:
+def distill(
+    work: Method,
+    run: Run,
+    start: Callable[[int], None] = lambda step: None,
+    after: Callable[[int, Values], None] = lambda done, values: None,
+) -> int:
     """Iterate until `run` is complete, from its newest checkpoint if it has one; the number of iterations behind it.
 
-    `after` is called with the number of iterations done, after each: sample grids, exports.
+    `start` is told the first iteration, `after` the number of iterations done and what the last one logged: trackers,
+    sample grids, exports.
 
     Raises:
         Diverged: a loss or gradient is not finite; the step is in no checkpoint.
     """
-    start = run.resume(work.roles)
+    first = run.resume(work.roles)
+    start(first)
     with cpu_kernels():
-        for step in run.steps(start, work.roles):
-            run.log(step, every=1, **work.iterate(step))
-            after(step + 1)
-    return max(start, run.total)
+        for step in run.steps(first, work.roles):
+            values = work.iterate(step)
+            run.log(step, every=1, **values)
+            after(step + 1, values)
+    return max(first, run.total)

@@ -97,6 +97,14 @@ COMMANDS = {
         epilog="cdm-train evaluate runs/teacher/model --steps 50 --steps 4 --guidance 4",
         user_errors=USER_ERRORS,
     ),
+    "report": Command(
+        "training.report.write:ReportSettings",
+        "training.report.write:report",
+        "write one HTML page of a run: curves, pictures, tables, settings",
+        extra="train",
+        epilog="cdm-train report runs/emoji-cdm",
+        user_errors=USER_ERRORS,
+    ),
     "samples": Command(
         "training.samples:SamplesSettings",
         "training.samples:samples",

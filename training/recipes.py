@@ -17,6 +17,7 @@ from pydantic import Field, create_model
 from engines.cli import CommandSettings
 from training.config import CDMConfig, ConsistencyConfig, MachineConfig, OptimConfig
 from training.errors import TrainingError
+from training.trackers import Kind
 from training.variants import Variant, changes
 
 if TYPE_CHECKING:
@@ -74,6 +75,10 @@ class TrainSettings(CommandSettings, MachineConfig):
     )
     export_every: int = Field(
         0, ge=0, description="steps between exports of the averaged student; 0: at the end only"
+    )
+    tracker: Kind = Field(
+        "tensorboard",
+        description="where curves and grids are sent as well: OUT/tensorboard, Weights & Biases",
     )
     max_embedding_gb: float = Field(8.0, gt=0, description="most memory for prompt embeddings")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engines.export.source import find_student
 from engines.families.base import Family, FamilyError, load_family
@@ -15,11 +16,14 @@ from training import checkpoint
 from training.config import CDMConfig, OptimConfig
 from training.cpu_kernels import keep_freed_memory
 from training.distill import Distillation, Method, distill
+from training.environment import record_start
 from training.errors import TrainingError
 from training.grid import tile
+from training.means import Values
 from training.parallel import Parallel
 from training.prompts import EmbeddingTable, Prompts, embed_prompts
 from training.recipes import RUNTIME_FIELDS, TrainSettings
+from training.report.write import write_report
 from training.roles import Roles
 from training.run import Run, config_sha256, numpy_generator
 from training.sampling import decode, sample
@@ -30,6 +34,7 @@ from training.student_folder import (
     teacher_licences,
     write_student,
 )
+from training.trackers import Trackers
 
 GRID_PROMPTS = 8
 GRID_STEPS = (1, 2, 4)
@@ -68,25 +73,43 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
     roles = Roles(family.transformer, config, parallel, family.fsdp_units)
     work = _method(settings, config, family, roles, prompts, table)
 
-    def export(done: int) -> None:
-        provenance = StudentProvenance(
-            teacher=f"{teacher.resolve().name} (transformer sha256 {hashes.transformer[:12]})",
-            recipe=settings.recipe(),
-            config_sha256=config_sha256(config.model_dump(mode="json")),
-            steps_trained=done,
-            licences=licences,
-        )
-        write_student(kept, settings.out / "student", roles.ema.average, provenance)
+    trackers: list[Trackers] = []
 
-    def after(done: int) -> None:
+    def start(step: int) -> None:
+        if parallel.main:
+            record_start(settings.out, step, str(parallel.device), settings.recipe())
+        trackers.append(Trackers.start(settings.tracker, settings.out, recorded, step))
+
+    def export(done: int) -> None:
+        weights = roles.student_weights()  # of all processes' shards
+        if parallel.main:
+            provenance = StudentProvenance(
+                teacher=f"{teacher.resolve().name} (transformer sha256 {hashes.transformer[:12]})",
+                recipe=settings.recipe(),
+                config_sha256=config_sha256(config.model_dump(mode="json")),
+                steps_trained=done,
+                licences=licences,
+            )
+            write_student(kept, settings.out / "student", weights, provenance)
+
+    def after(done: int, values: Values) -> None:
+        trackers[0].log(done - 1, values)
         if settings.sample_every and (done % settings.sample_every == 0 or done == config.steps):
-            draw_grid(settings.out / "samples" / f"step-{done:08d}.png", work, prompts, table)
+            sheet = draw_grid(settings.out / "samples" / f"step-{done:08d}.png", work, prompts, table)
+            trackers[0].image(done - 1, "samples", sheet)
         if settings.export_every and done % settings.export_every == 0 and done < config.steps:
             export(done)
 
-    done = distill(work, run, after)
+    try:
+        done = distill(work, run, start, after)
+    finally:
+        for each in trackers:
+            each.close()
+        if parallel.main and trackers:
+            write_report(settings.out)
     export(done)
-    print(f"student after {done} steps: {settings.out / 'student'}")
+    if parallel.main:
+        print(f"student after {done} steps: {settings.out / 'student'}; {write_report(settings.out)}")
     return 0
 
 
@@ -118,8 +141,11 @@ def _method(
     return Distillation(family, config, roles, prompts, table, settings.pass_batch, settings.micro_batch)
 
 
-def draw_grid(path: Path, work: Method, prompts: Prompts, table: EmbeddingTable) -> None:
-    """Fixed prompts and seeds × 1, 2 and 4 steps of the averaged student; `prompts.json` names the columns."""
+def draw_grid(path: Path, work: Method, prompts: Prompts, table: EmbeddingTable) -> NDArray[np.uint8]:
+    """Fixed prompts and seeds × 1, 2 and 4 steps of the averaged student; `prompts.json` names the columns.
+
+    Every process draws it, for the weights may be sharded; the first one writes. The sheet: `(H, W, 3)`.
+    """
     family = work.family
     columns = prompts.draw(numpy_generator(work.roles.config.seed, 0, GRID_STREAM), GRID_PROMPTS)
     cond, seeds = table.rows(columns, work.roles.parallel.device), range(GRID_PROMPTS)
@@ -130,13 +156,17 @@ def draw_grid(path: Path, work: Method, prompts: Prompts, table: EmbeddingTable)
             rows = [decode(family, sample(family, cond, family.sigmas(steps), seeds)) for steps in GRID_STEPS]
         finally:
             family.transformer = teacher
+    sheet = tile(np.concatenate(rows), GRID_PROMPTS)
+    if not work.roles.parallel.main:
+        return np.asarray(sheet)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tile(np.concatenate(rows), GRID_PROMPTS).save(path)
+    sheet.save(path)
     listing: dict[str, Any] = {
         "rows_are_steps": GRID_STEPS, "columns": [prompts.texts[index] for index in columns]
     }  # fmt: skip
     text = json.dumps(listing, indent=2, ensure_ascii=False)
     path.with_name("prompts.json").write_text(text + "\n", encoding="utf-8")
+    return np.asarray(sheet)
 
 
 def drop_text_encoders(family: Family) -> None:
