@@ -77,7 +77,7 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
 
     def start(step: int) -> None:
         if parallel.main:
-            record_start(settings.out, step, str(parallel.device), settings.recipe())
+            record_start(settings.out, step, parallel.device, settings.recipe())
         trackers.append(Trackers.start(settings.tracker, settings.out, recorded, step))
 
     def export(done: int) -> None:
