@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,14 @@ def derivative_of(folder: Path, dtype: torch.dtype, step: float = 0.0) -> torch.
 def test_the_exact_derivative_of_real_classes_equals_finite_differences(folders, name):
     exact = derivative_of(folders[name], torch.float32)
     assert exact.abs().max() > 0
-    assert relative(derivative_of(folders[name], torch.float32, 1e-3), exact) < 1e-2
+    assert relative(derivative_of(folders[name], torch.float32, 1e-4), exact) < 1e-2
 
 
 @pytest.mark.parametrize("name", ["sd3", "longcat"])
 def test_in_bfloat16_only_the_exact_derivative_is_near_the_truth(folders, name):
     truth = derivative_of(folders[name], torch.float32)
     exact = relative(derivative_of(folders[name], torch.bfloat16).float(), truth)
-    quotient = relative(derivative_of(folders[name], torch.bfloat16, 1e-3).float(), truth)
+    quotient = relative(derivative_of(folders[name], torch.bfloat16, 1e-4).float(), truth)
     assert exact < 0.1 < quotient
 
 
@@ -147,7 +148,8 @@ def test_points_cover_all_times_and_lie_on_the_teachers_trajectories():
     for step in range(30):
         cond, draws = work.family.encode(["left"] * 64), Draws(0, step, ROLLOUT, rows, work.device)
         time = work.schedule(step)
-        assert time[0] == 1 and time[-1] == 0 and (time.diff() < 0).all()
+        assert (time[0], time[-1]) == (1, 0)
+        assert (time.diff() < 0).all()
         x, sigma = work.points(time, cond, draws, step, rows)
         found.append(sigma)
         if len(time) > 40:
@@ -157,9 +159,11 @@ def test_points_cover_all_times_and_lie_on_the_teachers_trajectories():
             exact = (1 - at) * mean + ((1 - at) ** 2 * SPREAD**2 + at**2).sqrt() * noise
             errors.append((x - exact).abs().mean())
     sigmas = torch.cat(found)
-    assert sigmas.min() > 0 and sigmas.max() == 1
+    assert sigmas.min() > 0
+    assert sigmas.max() == 1
     assert (torch.histc(sigmas, 10, 0, 1) > 0.03 * len(sigmas)).all()
-    assert errors and max(errors) < 0.05
+    assert errors
+    assert max(errors) < 0.05
 
 
 def test_the_shift_is_the_familys(tiny_model):
@@ -175,6 +179,20 @@ def test_iterations_log_and_depend_on_seed_and_step_alone(tiny_model):
     assert first["ratio"] == 0.5
     assert first == model_work(tiny_model).iterate(1)
     assert first != model_work(tiny_model).iterate(2) != model_work(tiny_model, seed=1).iterate(2)
+
+
+@pytest.mark.parametrize("name", ["sd3", "longcat"])
+def test_every_family_learns_in_bfloat16_with_recomputed_activations(folders, name):
+    work = model_work(folders[name], dtype="bfloat16", batch=2)
+    work.latent_shape = (work.family.latent_channels, 8, 8)  # LongCat's own is 128 × 128
+    work.roles.student.net.enable_gradient_checkpointing()
+    before = [value.detach().clone() for value in work.roles.student.mixed.parameters]
+    with cpu_kernels():
+        values = work.iterate(2)
+    assert all(math.isfinite(value) for value in values.values())
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, work.roles.student.mixed.parameters, strict=True)
+    )
 
 
 def test_micro_batches_and_small_passes_learn_what_the_whole_batch_would(tiny_model):
@@ -206,7 +224,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_model, tmp_p
 
 def test_sharded_weights_have_no_exact_derivative(tiny_model):
     work = model_work(tiny_model)
-    work.roles.parallel = Parallel(work.device, fsdp=True)
+    work.roles.parallel = Parallel(work.device, world=2, fsdp=True)
     with pytest.raises(TrainingError, match="tangent_step=0"):
         Consistency(work.family, work.config, work.roles, work.prompts, work.table)
 
@@ -244,7 +262,8 @@ def test_renoising_is_a_sampler_of_the_student_and_repeats_by_seed(trained):
         cond, sigmas = family.encode(["left"] * 3), family.sigmas(4)
         made = sample_renoise(family, cond, sigmas, [3, 4, 3])
         one = sample(family, cond, family.sigmas(1), [3, 4, 3])
-    assert torch.equal(made[0], made[2]) and not torch.equal(made[0], made[1])
+    torch.testing.assert_close(made[0], made[2])
+    assert not torch.allclose(made[0], made[1])
     with trained.roles.averaged() as student:
         family.transformer = student.net
         torch.testing.assert_close(sample_renoise(family, cond, family.sigmas(1), [3, 4, 3]), one)
