@@ -58,8 +58,8 @@ def total_derivative(
     """dF/dσ = ∂F/∂x·v + ∂F/∂σ `(R, C, H, W)`, without gradient.
 
     Exact by forward-mode autodiff, or with `step` > 0 a difference quotient over σ ± step, cut off at 1 and at σ/2.
-    SD3 and LongCat feed sin(1000·σ), so the step must be far below 1e-3, and the rounding of F is divided by it. On tiny
-    models of random weights a step of 1e-4 is off by 0.1 % in float32 and 200 % in bfloat16 (at best, at 1e-3, 30 %);
+    SD3 and LongCat feed sin(1000·σ), so the step must be far below 1e-3, and the rounding of F is divided by it. On
+    tiny models of random weights a step of 1e-4 is off by 0.1 % in float32 and 200 % in bfloat16 (at best, at 1e-3, 30 %);
     the exact one in bfloat16 by 0.8 %.
     """
     with torch.no_grad():
@@ -163,8 +163,8 @@ class Consistency:
         k_R = draws.integers(len(time_N) - 1)
         noise_RCHW = draws.normal(self.latent_shape)
 
-        def velocity(x_RCHW: Tensor, sigma_R: Tensor, some: Tensor) -> Tensor:
-            return self.teacher(x_RCHW, sigma_R, {name: value[some] for name, value in cond.items()})
+        def velocity(x_RCHW: Tensor, sigma_R: Tensor, rows: Tensor) -> Tensor:
+            return self.teacher(x_RCHW, sigma_R, {name: value[rows] for name, value in cond.items()})
 
         sigma_N = self.shifted(time_N[:-1])
         at_least = len(sigma_N) if self.parallel.fsdp else 0
@@ -227,6 +227,7 @@ def sample_renoise(
     """Multistep consistency sampling (Song et al. 2023): x̂0 = x − σ·v, then x' = (1−σ')·x̂0 + σ'·ε with fresh noise.
 
     Arguments and result as `training.sampling.sample` has them; a step's ε depends on the seed and the step's number.
+    (Euler steps of a consistency student lead off its trajectories: on the toy flow its error grows with each.)
     """
     x_BCHW = starting_noise(family, seeds)
     for number, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
