@@ -59,8 +59,8 @@ def total_derivative(
 
     Exact by forward-mode autodiff, or with `step` > 0 a difference quotient over σ ± step, cut off at 1 and at σ/2.
     SD3 and LongCat feed sin(1000·σ), so the step must be far below 1e-3, and the rounding of F is divided by it. On
-    tiny models of random weights a step of 1e-4 is off by 0.1 % in float32 and 200 % in bfloat16 (at best, at 1e-3, 30 %);
-    the exact one in bfloat16 by 0.8 %.
+    tiny models of random weights a step of 1e-4 is off by 0.1 % in float32 and 200 % in bfloat16 (at best,
+    at 1e-3, 30 %); the exact one in bfloat16 by 0.8 %.
     """
     with torch.no_grad():
         if step == 0:
