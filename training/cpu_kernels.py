@@ -100,6 +100,17 @@ def cpu_kernels() -> Iterator[None]:
         F.scaled_dot_product_attention, F.gelu = _sdpa, _gelu
 
 
+@contextmanager
+def torch_kernels() -> Iterator[None]:
+    """Within the block, torch's own functions, even inside `cpu_kernels()`: ours have no forward-mode derivative."""
+    kept = F.scaled_dot_product_attention, F.gelu
+    F.scaled_dot_product_attention, F.gelu = _sdpa, _gelu
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.gelu = kept
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep big freed blocks for the next step instead of giving back and faulting in their pages.
 
