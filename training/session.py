@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from engines.export.source import find_student
 from engines.families.base import Family, FamilyError, load_family
 from training import checkpoint
-from training.config import CDMConfig, OptimConfig
+from training.config import CDMConfig, ConsistencyConfig, OptimConfig
+from training.consistency import Consistency
 from training.cpu_kernels import keep_freed_memory
 from training.distill import Distillation, Method, distill
 from training.environment import record_start
@@ -137,6 +138,8 @@ def set_resolution(family: Family, side: int) -> None:
 def _method(
     settings: TrainSettings, config: OptimConfig, family: Family, roles: Roles, prompts: Prompts, table: EmbeddingTable
 ) -> Method:  # fmt: skip
+    if isinstance(config, ConsistencyConfig):
+        return Consistency(family, config, roles, prompts, table, settings.pass_batch, settings.micro_batch)
     assert isinstance(config, CDMConfig)
     return Distillation(family, config, roles, prompts, table, settings.pass_batch, settings.micro_batch)
 
