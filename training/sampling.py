@@ -37,7 +37,7 @@ def sample(
 ) -> Tensor:
     """Integrate dx/dσ = v from noise at `sigmas[0]` down to `sigmas[-1]` with Euler steps: x' = x + (σ' − σ)·v.
 
-    With guidance g ≠ 1, v = v_∅ + g·(v_c − v_∅) (Ho & Salimans 2022), both halves in one forward, as diffusers does.
+    With guidance g ≠ 1, v is `family.guided(v_c, v_∅, g)`: the diffusers pipeline's. Both halves are one forward.
 
     Args:
         conditioning: embeddings of B prompts.
@@ -61,7 +61,7 @@ def sample(
         v = family.velocity(family.transformer, inputs, torch.full((len(inputs),), sigma), conditioning)
         if guided:
             v_uncond, v_cond = v.chunk(2)
-            v = v_uncond + guidance * (v_cond - v_uncond)
+            v = family.guided(v_cond, v_uncond, guidance)
         x_BCHW = x_BCHW + (sigma_next - sigma) * v
     return x_BCHW
 

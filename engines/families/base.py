@@ -15,7 +15,7 @@ import importlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -56,6 +56,8 @@ class Family(ABC):
     """The diffusers pipeline that `model_index.json` names."""
     fsdp_units: ClassVar[tuple[str, ...]]
     """Class names of the transformer's blocks."""
+    lora_targets: ClassVar[Mapping[str, str]]
+    """Of "attention" and "attention+ff": a regular expression of the full names of the transformer's linear layers."""
 
     transformer: nn.Module
     vae: nn.Module
@@ -109,6 +111,13 @@ class Family(ABC):
         self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """v at x, both `(B, C, H, W)`, sigma `(B,)` float32 in [0, 1], post-shift; the time path is float32."""
+
+    def guided(self, v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance as the diffusers pipeline does it by default: v_∅ + g·(v_c − v_∅) (Ho & Salimans 2022).
+
+        All `(B, C, H, W)`; v_∅ is the empty prompt's.
+        """
+        return v_uncond + scale * (v_cond - v_uncond)
 
     @abstractmethod
     def sigmas(self, steps: int, size: tuple[int, int] | None = None) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,6 +47,9 @@ CLASSES = {
     "text_encoder": ("Qwen2_5_VLForConditionalGeneration",),
 }
 """Component → classes that it may be of."""
+
+ATTENTION = r"attn\.(to_(q|k|v|out\.0|add_out)|add_[qkv]_proj)"
+"""Linear layers of a double block's attention, and more than a single block's has."""
 
 
 class _Pipeline(LongCatImagePipeline):  # type: ignore[misc]
@@ -94,6 +97,11 @@ class LongCatFamily(Family):
         "LongCatImageTransformerBlock",
         "LongCatImageSingleTransformerBlock",
     )
+    lora_targets: ClassVar[Mapping[str, str]] = {
+        "attention": rf"(single_)?transformer_blocks\.\d+\.{ATTENTION}",
+        "attention+ff": rf"transformer_blocks\.\d+\.({ATTENTION}|ff(_context)?\.net\.(0\.proj|2))"
+        rf"|single_transformer_blocks\.\d+\.({ATTENTION}|proj_mlp|proj_out)",
+    }
     patch_size = 2
 
     def __init__(self, pipeline: Any, root: Path) -> None:
@@ -199,6 +207,10 @@ class LongCatFamily(Family):
                 return_dict=False,
             )[0]
         return unpack(tokens, height, width).to(x.dtype)
+
+    def guided(self, v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+        """`cfg_renorm`, the pipeline's default."""
+        return cfg_renorm(v_cond, v_uncond, scale)
 
     def _positions(self, length: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """`(L, 3)` and `(N, 3)`: text is (0, i, i), image tokens (1, row, column), counted on from the longest text."""

@@ -13,7 +13,7 @@ attention: `family.t5_length` is how many, the CLIP tokenizer's own length. Here
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,6 +50,10 @@ CLASSES = {
 OPTIONAL = ("text_encoder_3",)
 """Components that an index may leave out."""
 
+BLOCK = r"transformer_blocks\.\d+\."
+ATTENTION = r"(attn2?\.to_(q|k|v|out\.0|add_out)|attn\.add_[qkv]_proj)"
+"""Of a block's linear layers those of attention: its own and the text's, and of the second one over the picture."""
+
 
 class _Clip(nn.Module):
     """Ids → last-but-one hidden states `(B, L, D)`, projected pooled output `(B, P)`: what SD3 takes of a CLIP."""
@@ -80,6 +84,10 @@ class SD3Family(Family):
     name: ClassVar[str] = "sd3"
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
     fsdp_units: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
+    lora_targets: ClassVar[Mapping[str, str]] = {
+        "attention": f"{BLOCK}{ATTENTION}",
+        "attention+ff": rf"{BLOCK}({ATTENTION}|ff(_context)?\.net\.(0\.proj|2))",
+    }
     pooled = ("clip_pooled", "clip_pooled_2")
 
     def __init__(self, pipeline: Any, root: Path) -> None:
