@@ -4,9 +4,9 @@
     StableDiffusion3Pipeline.from_pretrained(BASE).load_lora_weights("OUT/adapter")
     LongCatImagePipeline.from_pretrained(BASE).transformer.load_lora_adapter("OUT/adapter", use_safetensors=True)
 
-One format for every family: `pytorch_lora_weights.safetensors`, names beginning with `transformer.`, diffusers' settings
-in its metadata and ours beside them. alpha/rank is multiplied into B, and the file's alpha is its rank: so that the
-adapter is the same to whoever reads no metadata.
+One format for every family: `pytorch_lora_weights.safetensors`, names beginning with `transformer.`, and metadata with
+diffusers' settings and our record. alpha/rank is multiplied into B, and the file's alpha is its rank: so the adapter is
+the same to whoever reads no metadata.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class AdapterRecord:
 
 
 def save_adapter(folder: Path, factors: Mapping[str, Tensor], record: AdapterRecord) -> Path:
-    """Write `factors`, named as `Adapters.parameters` names them, in float32; an older file stays until this one is whole.
+    """Write `factors`, named as `Adapters.parameters` does, in float32; an older file stays until this one is whole.
 
     Raises:
         Diverged: a factor holds NaN or infinity; nothing is written.
@@ -89,11 +89,12 @@ def save_adapter(folder: Path, factors: Mapping[str, Tensor], record: AdapterRec
         LORA_ADAPTER_METADATA_KEY: json.dumps({PREFIX + key: value for key, value in settings.items()}),
         RECORD: json.dumps(asdict(record)),
     }
+    file = folder.joinpath(LORA_WEIGHT_NAME_SAFE)
+    partial = file.with_name(f".{file.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{LORA_WEIGHT_NAME_SAFE}.partial"
     save_file(tensors, partial, metadata)
-    os.replace(partial, folder / LORA_WEIGHT_NAME_SAFE)
-    return folder / LORA_WEIGHT_NAME_SAFE
+    os.replace(partial, file)
+    return file
 
 
 @torch.no_grad()

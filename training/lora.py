@@ -81,7 +81,7 @@ class Adapters:
         self.current = adapter
 
     def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
-        """An adapter's factors by name: `LAYER.lora_A.weight`, `LAYER.lora_B.weight`, the same names for every adapter."""
+        """An adapter's factors by name: `LAYER.lora_A.weight`, `LAYER.lora_B.weight`, the same for every adapter."""
         return {
             f"{name}.lora_{part}.weight": getattr(layer, f"lora_{part}")[adapter].weight
             for name, layer in self._layers.items()
@@ -106,8 +106,8 @@ def add_adapters(
 ) -> Adapters:
     """Freeze `transformer` and add adapters with factors of `dtype` to its linear layers whose full name is `targets`.
 
-    No adapter changes anything at first: A is uniform as in `torch.nn.Linear`, B is 0. A depends on seed and rank alone,
-    so that adapters of one rank begin with equal ones: averages of factors then are averages of what they add.
+    No adapter changes anything at first: A is uniform as in `torch.nn.Linear`, B is 0. A depends on seed and rank
+    alone, so that adapters of one rank begin with equal ones: averages of factors then are averages of what they add.
 
     Args:
         targets: a regular expression, from `Family.lora_targets`.
@@ -160,7 +160,7 @@ def _initialise(factors: Mapping[str, nn.Parameter], dtype: torch.dtype, seed: i
 
 @torch.no_grad()
 def fold(base: Mapping[str, Tensor], factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """float32 weights by name: `base`, plus scale · B·A where `factors` (as `Adapters.parameters` names them) has them."""
+    """float32 weights by name: `base`, plus scale · B·A for every layer in `factors` (see `Adapters.parameters`)."""
     weights = {name: weight.detach().float().clone() for name, weight in base.items()}
     for name, a in factors.items():
         layer, is_a, _ = name.partition(".lora_A.weight")

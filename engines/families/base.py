@@ -113,7 +113,7 @@ class Family(ABC):
         """v at x, both `(B, C, H, W)`, sigma `(B,)` float32 in [0, 1], post-shift; the time path is float32."""
 
     def guided(self, v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance as the diffusers pipeline does it by default: v_∅ + g·(v_c − v_∅) (Ho & Salimans 2022).
+        """Classifier-free guidance as the diffusers pipeline does it by default: v_∅ + g·(v_c − v_∅).
 
         All `(B, C, H, W)`; v_∅ is the empty prompt's.
         """
