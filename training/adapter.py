@@ -20,7 +20,7 @@ from typing import Self
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -55,12 +55,16 @@ class AdapterRecord:
         Raises:
             TrainingError: there is none, or it cannot be read.
         """
-        return cls._in(_read(path).path)
-
-    @classmethod
-    def _in(cls, file: Path) -> Self | None:
-        with safe_open(file, framework="pt") as opened:
-            text = (opened.metadata() or {}).get(RECORD)
+        try:
+            file = find_adapter(path)
+            with safe_open(file, framework="pt") as opened:
+                text = (opened.metadata() or {}).get(RECORD)
+        except ExportError as error:
+            raise TrainingError(str(error)) from error
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"{file} cannot be read as safetensors ({error}); save or download it again"
+            ) from error
         try:
             return None if text is None else cls(**json.loads(text))
         except (ValueError, TypeError) as error:
@@ -104,8 +108,11 @@ def load_adapter(path: Path, adapters: Adapters, adapter: str, base_sha256: str)
     Raises:
         TrainingError: there is none, it cannot be read, or it is of another base, other layers or another rank.
     """
-    read = _read(path)
-    require_base(read.path, base_sha256)
+    require_base(path, base_sha256)
+    try:
+        read = read_adapter(path)
+    except ExportError as error:
+        raise TrainingError(str(error)) from error
     if set(read.tensors) != {PREFIX.rstrip(".")}:
         named = ", ".join(read.tensors)
         raise TrainingError(
@@ -142,13 +149,6 @@ def require_base(path: Path, base_sha256: str) -> None:
             f"{path} is a LoRA of another base (transformer sha256 {record.base_sha256[:12]}, this one is "
             f"{base_sha256[:12]}); give the folder that it was trained on ({record.recipe})"
         )
-
-
-def _read(path: Path) -> Adapter:
-    try:
-        return read_adapter(find_adapter(path))
-    except ExportError as error:
-        raise TrainingError(str(error)) from error
 
 
 def _scale(read: Adapter, rank: int) -> float:

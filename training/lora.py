@@ -46,7 +46,7 @@ class Adapters:
     def __init__(self, transformer: nn.Module, sizes: Mapping[str, Size]) -> None:
         """`transformer` has them already: see `add_adapters`."""
         self.transformer, self.sizes = transformer, dict(sizes)
-        self.current: str | None = None
+        self.current: str | None = next(iter(self.sizes))  # as peft leaves it: the first that was added
         """The one in force; None: the base alone."""
         self._layers: dict[str, Any] = {
             name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)
@@ -74,6 +74,8 @@ class Adapters:
 
     def _switch(self, adapter: str | None) -> None:
         assert adapter is None or adapter in self.sizes, adapter
+        if adapter == self.current:  # some milliseconds of a large model, for every block that is recomputed
+            return
         for layer in self._layers.values():
             # Where peft looks, in every layer's forward.
             layer._disable_adapters = adapter is None

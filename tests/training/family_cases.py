@@ -44,5 +44,5 @@ def adapted(family: Family, dtype: torch.dtype = torch.float32, targets: str = "
     for adapter in SIZES:
         for name, factor in adapters.parameters(adapter).items():
             if ".lora_B." in name:
-                factor.data = (0.1 * torch.randn(factor.shape, generator=random)).to(dtype)
+                factor.data = (0.5 * torch.randn(factor.shape, generator=random)).to(dtype)
     return adapters

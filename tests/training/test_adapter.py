@@ -217,6 +217,8 @@ def test_adapter_that_does_not_fit_is_refused_before_anything_changes(tiny: Path
 def test_what_is_no_adapter_of_a_transformer_alone_is_refused(tiny: Path, tmp_path: Path) -> None:
     adapters = receiver(tiny)
     refused(tmp_path / "none", adapters, "", "there is no adapter .*none")
+    (tmp_path / "cut.safetensors").write_bytes(b"12345")
+    refused(tmp_path / "cut.safetensors", adapters, "", r"cut\.safetensors cannot be read as safetensors")
     (tmp_path / "pickle.bin").write_bytes(b"")
     refused(tmp_path / "pickle.bin", adapters, "", "is a pickle")
     with_text = save_diffusers(tiny, tmp_path / "text", metadata=True)

@@ -150,8 +150,7 @@ def test_bfloat16_adapters_round_and_no_more(folder, family):
     assert {value.dtype for value in rounded.parameters("student").values()} == {torch.bfloat16}
     exact, plain = computed(family, adapters, "student"), computed(family, adapters, None)
     found = computed(half, rounded, "student")
-    assert (found - exact).norm() < 0.03 * exact.norm()
-    assert (plain - exact).norm() > 0.3 * exact.norm()
+    assert (found - exact).norm() < 0.1 * (plain - exact).norm()
 
 
 def test_a_role_that_is_fully_trained_has_a_copy_and_the_base_stays_the_teacher(family):
