@@ -212,7 +212,7 @@ class Consistency:
                 v = self.family.velocity(network.net, x, sigma, some).float()
             if scale != 1:
                 v_empty, v_cond = v.chunk(2)
-                v = v_empty + scale * (v_cond - v_empty)
+                v = self.family.guided(v_cond, v_empty, scale)
             made.append(v)
         return torch.cat(made)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,21 +24,26 @@ class MixedPrecision:
     """
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype, names: Collection[str] | None = None,
-        parallel: Parallel | None = None,
-    ) -> None:  # fmt: skip
-        """Masters of the parameters `names` (None: all that require a gradient); the whole model is cast to `dtype`."""
-        if names is None:
-            names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, parallel: Parallel | None = None
+    ) -> None:
+        """Masters of `parameters`, which compute in `dtype` or will be cast to it."""
         self.parallel = parallel
         self._same = dtype == torch.float32
-        before = dict(model.named_parameters())
-        shards = {name: local(before[name].detach()) for name in names}
+        self.trained = dict(parameters)
+        shards = {name: local(parameter.detach()) for name, parameter in parameters.items()}
         self.masters = {n: shard if self._same else shard.float().clone() for n, shard in shards.items()}
-        if not self._same:
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: torch.dtype, parallel: Parallel | None = None) -> MixedPrecision:
+        """All parameters of `model` (float32) that require a gradient; the whole model is cast to `dtype`."""
+        before = dict(model.named_parameters())
+        names = [name for name, parameter in before.items() if parameter.requires_grad]
+        mixed = cls({name: before[name] for name in names}, dtype, parallel)
+        if dtype != torch.float32:
             nn.Module.to(model, dtype)  # torch's own: diffusers' warns of float32 modules that it has none of
-        after = dict(model.named_parameters())
-        self.trained = {name: after[name] for name in names}
+            after = dict(model.named_parameters())  # sharded ones may be other objects now
+            mixed.trained = {name: after[name] for name in names}
+        return mixed
 
     @property
     def parameters(self) -> list[Tensor]:

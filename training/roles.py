@@ -8,51 +8,52 @@ in `config.dtype`. With LoRA a role is an adapter on the teacher's own weights, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from training import checkpoint
+from training.compile import compile_blocks
 from training.config import CDMConfig, OptimConfig
 from training.ema import EMA
 from training.errors import TrainingError
+from training.lora import Adapters, Size, add_adapters
 from training.optim import MixedPrecision, adamw, cooled, warmup
 from training.parallel import Parallel, laid_out, whole
+from training.recompute import recompute_blocks
 
 
 class Network:
-    """One role as the loop calls it."""
+    """One role as the loop calls it: a transformer of its own, or the base with the role's adapter in force."""
 
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
+    def __init__(self, net: nn.Module, adapters: Adapters | None = None, adapter: str | None = None) -> None:
+        self.net, self.adapters, self.adapter = net, adapters, adapter
 
     def active(self) -> AbstractContextManager[None]:
         """While in force, `net` computes this role."""
-        return nullcontext()
+        return nullcontext() if self.adapters is None else self.adapters.active(self.adapter)
 
 
 class Trained(Network):
     """A role with its masters and optimizer."""
 
-    def __init__(
-        self, net: nn.Module, names: Collection[str], config: OptimConfig, lr: float, parallel: Parallel
-    ) -> None:  # fmt: skip
-        super().__init__(net)
-        self.config, self.lr = config, lr
-        self.mixed = MixedPrecision(net, getattr(torch, config.dtype), names, parallel)
-        self.optimizer = adamw(self.mixed.parameters, config, lr)
+    def __init__(self, network: Network, mixed: MixedPrecision, config: OptimConfig, lr: float) -> None:
+        super().__init__(network.net, network.adapters, network.adapter)
+        self.config, self.mixed, self.lr = config, mixed, lr
+        self.optimizer = adamw(mixed.parameters, config, lr)
         self.updates = 0
 
     @property
     def masters(self) -> dict[str, Tensor]:
-        """Float32 weights by name: this process's shards of them."""
+        """Float32 weights, or an adapter's factors, by name: this process's shards of them."""
         return self.mixed.masters
 
     def training(self) -> AbstractContextManager[None]:
-        """Around a forward and its backward: recomputed activations must be this role's, too."""
+        """Around a forward and its backward."""
         return self.active()
 
     def update(self, step: int) -> float:
@@ -64,26 +65,64 @@ class Trained(Network):
         return self.mixed.step(self.optimizer, clip=config.clip, lr=self.lr * factor)
 
 
+@dataclass(frozen=True)
+class Computing:
+    """How the networks are computed, beside what they learn."""
+
+    units: Sequence[str] = ()
+    """Class names of the transformer's blocks."""
+    lora_targets: Mapping[str, str] = field(default_factory=dict)
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+
 class Roles:
     """Student, teacher and maybe a fake teacher; saved and restored as one."""
 
     def __init__(
-        self, transformer: nn.Module, config: OptimConfig, parallel: Parallel | None = None, units: Sequence[str] = ()
+        self, transformer: nn.Module, config: OptimConfig, parallel: Parallel | None = None,
+        computing: Computing | None = None,
     ) -> None:  # fmt: skip
         """Takes `transformer` (float32) over as the teacher: it is cast to `config.dtype`, and sharded with FSDP2.
 
-        `units`: class names of its blocks. Only with a `CDMConfig` there is a fake teacher.
+        Only with a `CDMConfig` there is a fake teacher.
+
+        Raises:
+            TrainingError: a LoRA rank beyond a layer's size.
         """
+        computing = computing or Computing()
         self.config = config
         self.parallel = parallel or Parallel(next(transformer.parameters()).device)
-        self._units = units
-        dtype = getattr(torch, config.dtype)
-        self.student = self._copy(transformer, config.lr_student)
-        self._fake = self._copy(transformer, config.lr_fake) if isinstance(config, CDMConfig) else None
+        dtype, units = getattr(torch, config.dtype), computing.units
+        sizes = {"student": Size(config.student_rank, config.student_alpha)}
+        rates = {"student": config.lr_student}
+        if isinstance(config, CDMConfig):
+            sizes["fake"], rates["fake"] = Size(config.fake_rank, config.fake_alpha), config.lr_fake
+        # Roles that train every weight are copied while the base has no adapters.
+        roles: dict[str, Trained] = {}
+        for name in (name for name, size in sizes.items() if not size.rank):
+            net = copy.deepcopy(transformer).float().to(self.parallel.device).eval().requires_grad_(True)
+            mixed = MixedPrecision.of(self.parallel.shard(net, units), dtype, self.parallel)
+            roles[name] = Trained(Network(net), mixed, config, rates[name])
         # torch's own `to`: that of diffusers warns of modules to keep in float32, and lists none.
-        frozen = nn.Module.to(transformer, self.parallel.device, dtype).eval().requires_grad_(False)
-        self.teacher = Network(self.parallel.shard(frozen, units))
+        base = nn.Module.to(transformer, self.parallel.device, dtype).eval().requires_grad_(False)
+        adapted = {name: size for name, size in sizes.items() if size.rank}
+        self.adapters: Adapters | None = None
+        if adapted:
+            targets = computing.lora_targets[config.lora_targets]
+            self.adapters = add_adapters(base, adapted, targets, dtype, config.seed)
+        self.parallel.shard(base, units)
+        for name in adapted:
+            assert self.adapters is not None
+            mixed = MixedPrecision(self.adapters.parameters(name), dtype, self.parallel)
+            roles[name] = Trained(Network(base, self.adapters, name), mixed, config, rates[name])
+        self.teacher = Network(base, self.adapters)
+        self.student, self._fake = roles["student"], roles.get("fake")
         self.ema = EMA(self.student.masters, config.ema_decay)
+        for network in roles.values() if computing.gradient_checkpointing else ():
+            recompute_blocks(network.net, network.adapters)
+        for net in {network.net for network in (self.teacher, *roles.values())} if computing.compile else ():
+            compile_blocks(net, units)
 
     @property
     def fake(self) -> Trained:
@@ -93,11 +132,6 @@ class Roles:
 
     def _trained(self) -> dict[str, Trained]:
         return {"student": self.student} | ({} if self._fake is None else {"fake": self._fake})
-
-    def _copy(self, transformer: nn.Module, lr: float) -> Trained:
-        net = copy.deepcopy(transformer).float().to(self.parallel.device).eval().requires_grad_(True)
-        self.parallel.shard(net, self._units)
-        return Trained(net, [name for name, _ in net.named_parameters()], self.config, lr, self.parallel)
 
     @torch.no_grad()
     def merge_fake(self) -> None:
@@ -120,7 +154,7 @@ class Roles:
             self.student.mixed.show(self.student.masters if kept is None else kept)
 
     def student_weights(self) -> dict[str, Tensor]:
-        """The averaged student whole: float32 on the CPU, by parameter name. Every process takes part."""
+        """The averaged student, or its adapter's factors, whole: float32 on the CPU. Every process takes part."""
         sharded = laid_out(self.ema.average, self.student.mixed.trained)
         return {name: whole(value).cpu() for name, value in sharded.items()}
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from engines.export.source import find_student
 from engines.families.base import Family, FamilyError, load_family
 from training import checkpoint
+from training.adapter import AdapterRecord, save_adapter
 from training.config import CDMConfig, ConsistencyConfig, OptimConfig
 from training.consistency import Consistency
 from training.cpu_kernels import keep_freed_memory
@@ -20,12 +21,13 @@ from training.distill import Distillation, Method, distill
 from training.environment import record_start
 from training.errors import TrainingError
 from training.grid import tile
+from training.lora import fold
 from training.means import Values
 from training.parallel import Parallel
 from training.prompts import EmbeddingTable, Prompts, embed_prompts
 from training.recipes import RUNTIME_FIELDS, TrainSettings
 from training.report.write import write_report
-from training.roles import Roles
+from training.roles import Computing, Roles
 from training.run import Run, config_sha256, numpy_generator
 from training.sampling import decode, sample
 from training.student_folder import (
@@ -71,7 +73,10 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
     set_resolution(family, config.resolution)
     table = embed_prompts(family, prompts.texts, getattr(torch, config.dtype), settings.max_embedding_gb)
     drop_text_encoders(family)
-    roles = Roles(family.transformer, config, parallel, family.fsdp_units)
+    computing = Computing(
+        family.fsdp_units, family.lora_targets, settings.gradient_checkpointing, settings.compile
+    )
+    roles = Roles(family.transformer, config, parallel, computing)
     work = _method(settings, config, family, roles, prompts, table)
 
     trackers: list[Trackers] = []
@@ -91,6 +96,14 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
                 steps_trained=done,
                 licences=licences,
             )
+            if roles.adapters is not None and config.student_rank:
+                targets, size = family.lora_targets[config.lora_targets], roles.adapters.sizes["student"]
+                record = AdapterRecord(
+                    hashes.transformer, settings.recipe(), done, size.rank, size.alpha, targets
+                )
+                save_adapter(settings.out / "adapter", weights, record)
+                base = load_family(kept, torch.float32, only=("transformer",)).transformer
+                weights = fold(dict(base.named_parameters()), weights, size.scale)
             write_student(kept, settings.out / "student", weights, provenance)
 
     def after(done: int, values: Values) -> None:

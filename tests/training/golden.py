@@ -1,6 +1,6 @@
 """The first losses of every recipe on tiny random-weight teachers: written once, compared ever after.
 
-    python -m tests.training.golden        # after a change that is meant to change them; the diff goes into the review
+python -m tests.training.golden        # after a change that is meant to change them; the diff goes into the review
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def cases() -> Iterator[tuple[str, str, CDMConfig]]:
 
 def first_losses(teacher: Path, config: CDMConfig) -> dict[str, list[float]]:
     """Every logged loss of the first 20 iterations, by name; float32, two prompts a step, one thread."""
-    small = config.model_copy(update={"batch": 2, "dtype": "float32", "warmup": 10, "n_max": min(config.n_max, 8)})
+    small = config.model_copy(
+        update={"batch": 2, "dtype": "float32", "warmup": 10, "n_max": min(config.n_max, 8)}
+    )
     torch.set_num_threads(1)
     family = load_family(teacher)
     prompts = Prompts.of([(text, 1.0) for text in TEXTS], "golden")

@@ -15,7 +15,7 @@ from tests.training.tiny_distillation import TEXTS, tiny_config
 from training.distill import Distillation
 from training.parallel import Parallel
 from training.prompts import Prompts, embed_prompts
-from training.roles import Roles
+from training.roles import Computing, Roles
 
 
 def work_on(folder: Path, mode: str, micro_batch: int, changes: dict[str, object]) -> Distillation:
@@ -24,7 +24,7 @@ def work_on(folder: Path, mode: str, micro_batch: int, changes: dict[str, object
     family = load_family(folder)
     prompts = Prompts.of([(text, 1.0) for text in TEXTS], "test")
     table = embed_prompts(family, prompts.texts, getattr(torch, config.dtype))
-    roles = Roles(family.transformer, config, parallel, family.fsdp_units)
+    roles = Roles(family.transformer, config, parallel, Computing(family.fsdp_units, family.lora_targets))
     return Distillation(family, config, roles, prompts, table, 128, micro_batch)
 
 

@@ -45,6 +45,17 @@ def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+def test_lora_factors_are_sharded_as_well(tiny_model, tmp_path):
+    lora = {"steps": 4, "student_rank": 4, "fake_rank": 4, "student_alpha": 8.0, "fake_alpha": 8.0}
+    one, two = (run(tiny_model, tmp_path / str(processes), processes, "fsdp", **lora) for processes in (1, 2))
+    for alone, both in zip(values(one), values(two), strict=True):
+        assert both == pytest.approx(alone, rel=2e-3, abs=1e-5)
+    weights = load_file(two / "weights.safetensors")
+    assert all(".lora_" in name for name in weights)
+    assert any(value.any() for name, value in weights.items() if ".lora_B." in name)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "micro_batch"), [("ddp", 0), ("ddp", 1), ("fsdp", 0)])
 def test_two_processes_learn_what_one_does(tiny_model, alone, tmp_path, mode, micro_batch):
     both = run(tiny_model, tmp_path / "out", 2, mode, micro_batch, steps=4)
