@@ -78,17 +78,16 @@ class Advisor:
             rest = [other for other in taken if other != kind]
             if self.fits(self._applied(rest)):
                 taken = rest
-        changes, setup = [], self.setup
-        for kind in taken:
-            changes.append(self._change(KINDS[kind], setup))
-            setup = changes[-1].setup
-        if not self.memory(setup).total < self.memory(self.setup).total:
+        final = self._applied(taken)
+        if not self.memory(final).total < self.memory(self.setup).total:
             return []
-        best = self.largest_micro_batch(setup)
-        if best > setup.micro:  # one sample at a time fits; so do more
-            grown = machine(setup, micro_batch=0 if best == setup.share else best)
-            changes = [change for change in changes if not change.flags.startswith("--micro-batch")]
-            changes.append(self._told(f"--micro-batch {best}", "no result changes", grown))
+        micro = self.largest_micro_batch(final)  # where one sample at a time fits, more may
+        changes, setup = [], self.setup
+        for flags, costs, of_machine, of_config in (KINDS[kind] for kind in taken):
+            if "micro_batch" in of_machine:
+                flags, of_machine = f"--micro-batch {micro}", {"micro_batch": micro}
+            changes.append(self._change((flags, costs, of_machine, of_config), setup))
+            setup = changes[-1].setup
         return changes
 
     def _candidates(self, setup: Setup) -> Iterator[Change]:

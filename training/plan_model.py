@@ -44,6 +44,8 @@ class Model:
     """Class of the diffusers pipeline."""
     config: Config
     """Of the transformer."""
+    size: int
+    """Latent pixels along a side of a picture."""
     vae: Config
     text_tokens: int
     """Rows of a prompt's embedding as they are cached."""
@@ -54,10 +56,8 @@ class Model:
 
     @property
     def latent(self) -> tuple[int, int, int]:
-        """(channels, height, width) of a picture at the default size."""
-        if self.longcat:
-            return int(self.config["in_channels"]) // 4, 128, 128
-        return int(self.config["in_channels"]), int(self.config["sample_size"]), int(self.config["sample_size"])
+        """(channels, height, width) of a picture."""
+        return int(self.config["in_channels"]) // (4 if self.longcat else 1), self.size, self.size
 
     @property
     def longcat(self) -> bool:
@@ -69,12 +69,12 @@ class Model:
         """Class names of its blocks."""
         return type(self.family()).fsdp_units
 
-    def transformer(self, dtype: torch.dtype) -> nn.Module:
-        """The transformer on the meta device."""
+    def transformer(self, dtype: torch.dtype, device: str = "meta") -> nn.Module:
+        """The transformer, on the meta device unless told otherwise; its weights mean nothing."""
         import diffusers
 
         kind = diffusers.LongCatImageTransformer2DModel if self.longcat else diffusers.SD3Transformer2DModel
-        with torch.device("meta"):
+        with torch.device(device):
             built: nn.Module = kind.from_config(dict(self.config))
         return nn.Module.to(built, dtype)
 
@@ -99,13 +99,13 @@ class Model:
         sd3.text_weight = self.text_weight
         return sd3
 
-    def embedding(self, count: int, dtype: torch.dtype) -> Conditioning:
-        """Conditioning of `count` prompts on the meta device, as the table of embeddings holds it."""
+    def embedding(self, count: int, dtype: torch.dtype, device: str = "meta") -> Conditioning:
+        """Conditioning of `count` prompts, without values, as the table of embeddings holds it."""
         width = int(self.config["joint_attention_dim"])
         shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (count, self.text_tokens, width)}
         if not self.longcat:
             shapes["pooled_projections"] = (count, int(self.config["pooled_projection_dim"]))
-        return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
 
     def latents(self, count: int) -> Tensor:
         """`(count, C, H, W)` float32 on the meta device."""
@@ -129,18 +129,19 @@ _LONGCAT = {
     "num_attention_heads": 24, "joint_attention_dim": 3584, "pooled_projection_dim": 3584,
     "axes_dims_rope": [16, 56, 56],
 }  # fmt: skip
+LONGCAT_SIZE = 128  # the pipeline's default, in latent pixels
 CLIP_LENGTH, T5_LENGTH, QWEN_LENGTH = 77, 256, 512
 _SD3_TEXT = 123_650_304 + 694_659_840 + 4_762_310_656  # CLIP-L, OpenCLIP-G, T5-XXL's encoder
 _QWEN = 8_292_166_656  # Qwen2.5-VL-7B, its vision tower included
 
 BUILT_IN: Mapping[str, Model] = {
     "sd3-medium": Model(
-        "sd3-medium", "StableDiffusion3Pipeline", _SD3, _KL, CLIP_LENGTH + T5_LENGTH, 1, _SD3_TEXT
+        "sd3-medium", "StableDiffusion3Pipeline", _SD3, 128, _KL, CLIP_LENGTH + T5_LENGTH, 1, _SD3_TEXT
     ),
     "sd3.5-medium": Model(
-        "sd3.5-medium", "StableDiffusion3Pipeline", _SD35, _KL, CLIP_LENGTH + T5_LENGTH, 1, _SD3_TEXT
+        "sd3.5-medium", "StableDiffusion3Pipeline", _SD35, 128, _KL, CLIP_LENGTH + T5_LENGTH, 1, _SD3_TEXT
     ),
-    "longcat-image": Model("longcat-image", "LongCatImagePipeline", _LONGCAT, _KL, QWEN_LENGTH, 1, _QWEN),
+    "longcat-image": Model("longcat-image", "LongCatImagePipeline", _LONGCAT, LONGCAT_SIZE, _KL, QWEN_LENGTH, 1, _QWEN),
 }
 """Published configurations, so that a plan needs neither a download nor a connection."""
 
@@ -179,9 +180,11 @@ def describe(source: str) -> Model:
         has_t5 = (index.get("text_encoder_3") or [None])[0] is not None
         # Without a T5 one zero row stands for as many as the CLIP tokenizer's length.
         tokens, weight = (length + T5_LENGTH, 1) if has_t5 else (length + 1, length)
+    config = read("transformer/config.json")
+    size = LONGCAT_SIZE if pipeline == "LongCatImagePipeline" else int(config["sample_size"])
     encoders = [folder / part for part in index if part.startswith("text_encoder")]
     return Model(
-        source, pipeline, read("transformer/config.json"), read("vae/config.json"), tokens, weight,
+        source, pipeline, config, size, read("vae/config.json"), tokens, weight,
         sum(stored_numbers(path) for path in encoders),
     )  # fmt: skip
 
