@@ -108,7 +108,7 @@ COMMANDS = {
         "benchmarks.plan:run",
         "what cdm-train plan predicts beside real runs on this CPU: peak memory and time, by phase",
         extra="bench",
-        epilog="cdm-bench plan\ncdm-bench plan --only 10m,10m-checkpointing",
+        epilog="cdm-bench plan\ncdm-bench plan --only 10m,10m-checkpointing\ncdm-bench plan --blocks",
     ),
     "student": Command(
         "benchmarks.student:StudentBenchSettings",

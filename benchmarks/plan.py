@@ -1,8 +1,9 @@
 """`cdm-bench plan`: what `cdm-train plan` predicts beside real runs of the loop on this CPU.
 
 SD3 folders of the real classes with random weights are distilled for a few iterations, each row in a process of its own
-and there twice: once for time (CPU seconds, one thread), once for memory. The schedule is fixed and its rollout whole, so that
-every iteration is the same work. Before that, what autograd keeps of blocks at full width (`plan_saved`). Only the CPU's speed is calibrated, one row for each dtype; its time is no evidence.
+and there twice: once for time (CPU seconds, one thread), once for memory. The schedule is fixed and its rollout whole,
+so that every iteration is the same work. Only the CPU's speed is calibrated, one row for each dtype; its time is no
+evidence. `--blocks` compares what a forward leaves in memory of blocks at full width (`plan_saved`).
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from pydantic import Field
 from benchmarks import plan_saved
 from benchmarks.plan_worker import PHASES
 from benchmarks.random_sd3 import Scale, build_random_sd3
-from benchmarks.report import show, table
+from benchmarks.report import show
 from engines.cli import CommandSettings, UsageError
 from training.config import CDMConfig, MachineConfig
-from training.plan_memory import Memory, Setup
+from training.plan_memory import Memory
 from training.plan_model import describe
+from training.plan_setup import Setup
 from training.plan_time import Speed, iteration
 
 OF_PHASE = {
@@ -42,7 +44,12 @@ def _scale(layers: int, heads: int, latent: int) -> Scale:
     return Scale(layers, heads, 64, 128, (64, 64), latent, (8, 8, 16, 16), 4)
 
 
-SCALES = {"10m": _scale(4, 4, 16), "21m": _scale(4, 6, 16), "42m": _scale(8, 6, 16), "10m-32": _scale(4, 4, 32)}
+SCALES = {
+    "10m": _scale(4, 4, 16),
+    "21m": _scale(4, 6, 16),
+    "42m": _scale(8, 6, 16),
+    "10m-32": _scale(4, 4, 32),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ ROWS = {
     "42m": Row("42m", {"batch": 2}),
     "10m-float32": Row("10m", F32),
     "21m-float32": Row("21m", F32),
-    "21m-float32-checkpointing": Row("21m", {**F32, "batch": 8}, {"gradient_checkpointing": True}),
+    "21m-float32-checkpointing": Row("21m", F32, {"gradient_checkpointing": True}),
 }
 """Size of the model and what is changed. The first row of each dtype calibrates the CPU's speed."""
 
@@ -77,7 +84,8 @@ class PlanBenchSettings(CommandSettings, env_prefix="CDM_BENCH_PLAN_"):
     """Compare predicted with measured memory and time of small distillations."""
 
     only: list[str] = Field([], description=f"rows; empty: all of {', '.join(ROWS)}")
-    iterations: int = Field(3, ge=2, description="iterations of each run; the first is not timed")
+    blocks: bool = Field(False, description="instead: what autograd keeps of blocks at full width")
+    iterations: int = Field(4, ge=2, description="iterations of each run; the first is not timed")
 
 
 def run(settings: PlanBenchSettings) -> int:
@@ -87,8 +95,9 @@ def run(settings: PlanBenchSettings) -> int:
             raise UsageError(f"there is no row {name!r}; rows: {', '.join(ROWS)}")
     torch.set_num_threads(1)
     bandwidth, speeds = _bandwidth(), dict[str, Speed]()
-    saved = plan_saved.rows()
-    print(table(saved) + "\n")
+    if settings.blocks:
+        show("plan", plan_saved.rows())
+        return 0
     rows, cache = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in settings.only or ROWS:
@@ -97,13 +106,21 @@ def run(settings: PlanBenchSettings) -> int:
             if not folder.is_dir():
                 build_random_sd3(folder, SCALES[row.scale], dtype=torch.float32)
             config, machine = CDMConfig(**{**BASE, **row.config}), MachineConfig(**row.machine)
-            memory = Memory(Setup(describe(str(folder)), config, machine, kernels="cpu", sample_grids=False), cache)
+            memory = Memory(
+                Setup(describe(str(folder)), config, machine, kernels="cpu", sample_grids=False), cache
+            )
             measured = _worker(folder, config, machine, settings.iterations)
             if config.dtype not in speeds:
                 speeds[config.dtype] = _calibrated(memory, sum(measured["seconds"].values()), bandwidth)
             rows.append(_row(name, memory, measured, speeds[config.dtype]))
-            print(f"{name}: memory {rows[-1]['ratio']}, time {rows[-1]['time ratio']}", file=sys.stderr, flush=True)
-    show("plan", rows, saved=saved, bandwidth_gb_s=bandwidth, tflops={name: speed.tflops for name, speed in speeds.items()})
+            print(
+                f"{name}: memory {rows[-1]['ratio']}, time {rows[-1]['time ratio']}",
+                file=sys.stderr,
+                flush=True,
+            )
+    show(
+        "plan", rows, bandwidth_gb_s=bandwidth, tflops={name: speed.tflops for name, speed in speeds.items()}
+    )
     return 0
 
 
@@ -153,6 +170,8 @@ def _worker(folder: Path, config: CDMConfig, machine: MachineConfig, iterations:
     command = [sys.executable, "-m", "benchmarks.plan_worker", json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UsageError(f"a run of {folder.name} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+        raise UsageError(
+            f"a run of {folder.name} ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
+        )
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found

@@ -2,8 +2,8 @@
 
     python -m benchmarks.plan_worker '{"folder": "…", "config": {…}, "machine": {…}, "iterations": 3}'
 
-Memory is what torch's CPU allocator was asked for, allocation by allocation, as its profiler reports it: exact, kernels'
-temporary buffers included, and independent of how a plan counts. Resident memory (`VmHWM`, of a run without a profiler)
+Memory is what torch's CPU allocator was asked for, allocation by allocation, as its profiler reports it: exact, with
+kernels' temporary buffers, and independent of how a plan counts. Resident memory (`VmHWM`, of a run without a profiler)
 is given beside it: it also holds what glibc did not give back and libraries' own buffers.
 """
 
@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ def _recorded(phase: str, method: Any) -> Any:
 
 
 def _times(build: Any, iterations: int) -> dict[str, float]:
-    """CPU seconds by phase."""
+    """CPU seconds by phase, the least of all iterations."""
     work = build()
     spent: dict[str, list[float]] = {phase: [] for phase in PHASES}
 
@@ -117,9 +116,9 @@ def _times(build: Any, iterations: int) -> dict[str, float]:
         for step in range(iterations):
             work.iterate(step)
             parts = max(1, len(spent["rollout"]) // (step + 1))
-    # The first iteration creates the moments.
+    # The first iteration creates the moments. Others on the machine only ever make a phase slower.
     return {
-        phase: median(values[parts if phase == "rollout" else 1 :]) * (parts if phase == "rollout" else 1)
+        phase: min(values[parts if phase == "rollout" else 1 :]) * (parts if phase == "rollout" else 1)
         for phase, values in spent.items()
     }
 

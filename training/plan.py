@@ -3,8 +3,8 @@
     cdm-train plan sd3-cdm --gpus 8 --memory 80
     cdm-train plan longcat-cdm --gpus 4 --gpu h200 --parallel fsdp --gradient-checkpointing --micro-batch 2
 
-No weights are read and no GPU is needed: the transformer is built from its configuration on torch's meta device, and its
-passes are run on shapes. Prints tables and one JSON line; ends with 1 if it does not fit. See docs/planning.md.
+No weights are read and no GPU is needed: the transformer is built from its configuration on torch's meta device, and
+its passes are run on shapes. Prints tables and one JSON line; ends with 1 if it does not fit. See docs/planning.md.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from engines.cli import CommandSettings
-from training.config import CDMConfig, ConsistencyConfig, MachineConfig, OptimConfig
+from training.config import CDMConfig, MachineConfig, OptimConfig
 from training.errors import TrainingError
 from training.plan_advice import Advisor, Change
-from training.plan_memory import Memory, Setup, gigabytes
+from training.plan_memory import Memory, gigabytes
 from training.plan_model import BUILT_IN, HUB_NAMES, describe
+from training.plan_setup import Setup
 from training.plan_time import GPUS, Speed, iteration, seconds
 from training.recipes import (
     LONGCAT,
@@ -49,7 +50,9 @@ RECIPES: Mapping[str, tuple[Callable[[], OptimConfig], str]] = {
 class PlanSettings(CommandSettings, MachineConfig, CDMConfig, env_prefix="CDM_PLAN_"):  # type: ignore[misc]
     """Memory by part and time per step of a recipe, before anything is loaded."""
 
-    recipe: CliPositionalArg[str] = Field(description=f"recipe: {', '.join(RECIPES)}; its settings are the defaults")
+    recipe: CliPositionalArg[str] = Field(
+        description=f"recipe: {', '.join(RECIPES)}; its settings are the defaults"
+    )
     teacher: str = Field(
         "", description=f"diffusers folder, hub id, or {', '.join(BUILT_IN)}; empty: the recipe's own"
     )
@@ -78,7 +81,9 @@ class PlanSettings(CommandSettings, MachineConfig, CDMConfig, env_prefix="CDM_PL
         if self.recipe not in RECIPES:
             raise TrainingError(f"there is no recipe {self.recipe!r}; recipes: {', '.join(RECIPES)}")
         base = RECIPES[self.recipe][0]()
-        given = {name: getattr(self, name) for name in CDMConfig.model_fields if name in self.model_fields_set}
+        given = {
+            name: getattr(self, name) for name in CDMConfig.model_fields if name in self.model_fields_set
+        }
         for name in given.keys() - type(base).model_fields.keys():
             raise TrainingError(
                 f"--{name.replace('_', '-')} is no setting of {self.recipe}; leave it out, or plan another recipe"
@@ -128,13 +133,28 @@ def plan(settings: PlanSettings) -> int:
     fits = memory.total <= limit
     each = seconds(memory, speed)
 
-    print(_table(("one GPU, at its worst: " + memory.worst, "GB"), _sized({**memory.parts, "total": memory.total})))
+    print(
+        _table(
+            ("one GPU, at its worst: " + memory.worst, "GB"), _sized({**memory.parts, "total": memory.total})
+        )
+    )
     worst_first = sorted(memory.phases.items(), key=lambda item: -sum(item[1].values()))
-    print(_table(("what comes and goes, by phase", "GB"), _sized({name: sum(p.values()) for name, p in worst_first})))
-    print(_table(("main memory", "GB"), _sized(memory.main_memory)) + _table(("disk", "GB"), _sized(memory.disk)))
+    print(
+        _table(
+            ("what comes and goes, by phase", "GB"),
+            _sized({name: sum(p.values()) for name, p in worst_first}),
+        )
+    )
+    print(
+        _table(("main memory", "GB"), _sized(memory.main_memory))
+        + _table(("disk", "GB"), _sized(memory.disk))
+    )
     work = iteration(memory)
     rows = [
-        (part.name, f"{part.flops / 1e12:,.1f}", f"{part.moved / 1e9:,.1f}", f"{part.sent / 1e9:,.1f}", f"{part.seconds(speed):.2f}")
+        (
+            part.name, f"{part.flops / 1e12:,.1f}", f"{part.moved / 1e9:,.1f}", f"{part.sent / 1e9:,.1f}",
+            f"{part.seconds(speed):.2f}",
+        )
         for part in work
     ]  # fmt: skip
     print(_table(("an average iteration, one GPU", "TFLOP", "GB moved", "GB sent", "s"), rows))
@@ -147,7 +167,9 @@ def plan(settings: PlanSettings) -> int:
     alone, together, largest = [], [], 0
     if fits:
         largest = advisor.largest_micro_batch(setup)
-        print(f"It fits: {memory.total / 1e9:.1f} of {limit / 1e9:g} GB. The largest micro-batch that does: {largest}.")
+        print(
+            f"It fits: {memory.total / 1e9:.1f} of {limit / 1e9:g} GB. The largest micro-batch that does: {largest}."
+        )
     else:
         alone, together = advisor.alone(), advisor.together()
         print(f"It does not fit: {memory.total / 1e9:.1f} GB of {limit / 1e9:g} GB. Each change by itself:\n")
@@ -155,7 +177,9 @@ def plan(settings: PlanSettings) -> int:
         if together:
             print("Together, one upon another, until it fits:\n\n" + _changes(together, each, limit))
         else:
-            print("No changes that are known here make it fit; take larger GPUs, or more of them with --parallel fsdp.")
+            print(
+                "No changes that are known here make it fit; take larger GPUs, or more of them with --parallel fsdp."
+            )
     for shortage in shortages:
         print(shortage)
     print(json.dumps({
@@ -174,13 +198,18 @@ def plan(settings: PlanSettings) -> int:
 def _shortages(settings: PlanSettings, memory: Memory) -> list[str]:
     """What main memory or disk lack, and with how many prompts they would do."""
     found = []
-    for flag, limit, parts in (("ram", settings.ram, memory.main_memory), ("disk", settings.disk, memory.disk)):
+    for flag, limit, parts in (
+        ("ram", settings.ram, memory.main_memory),
+        ("disk", settings.disk, memory.disk),
+    ):
         needed = sum(parts.values())
         if limit and needed > limit * 1e9:
             embeddings = parts["embeddings of all prompts"]
             each = embeddings / settings.prompt_count
             left = int((limit * 1e9 - (needed - embeddings)) / each)
-            remedy = f"give at most {left} prompts" if left > 0 else "fewer prompts are not enough: it takes more"
+            remedy = (
+                f"give at most {left} prompts" if left > 0 else "fewer prompts are not enough: it takes more"
+            )
             found.append(f"--{flag}={limit:g} GB is too little: {needed / 1e9:.1f} GB are needed; {remedy}")
     return found
 
@@ -208,7 +237,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     cells = [list(header), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
     lines = [
-        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in cells
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines) + "\n"

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from training.config import CDMConfig, MachineConfig
-from training.plan_memory import Memory, Setup
+from training.plan_memory import Memory
+from training.plan_setup import Setup
 from training.plan_time import Speed, seconds
 
 LORA_RANK = 64
@@ -106,7 +107,9 @@ class Advisor:
         if of_config.get("sample_grids") is False:
             changed = replace(changed, sample_grids=False)
         elif of_config:
-            wanted = {name: value for name, value in of_config.items() if name in type(setup.config).model_fields}
+            wanted = {
+                name: value for name, value in of_config.items() if name in type(setup.config).model_fields
+            }
             changed = replace(changed, config=setup.config.model_copy(update=wanted))
             if not isinstance(setup.config, CDMConfig):
                 flags = flags.split(" --fake-rank")[0]

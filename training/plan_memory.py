@@ -8,167 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from training.config import CDMConfig, MachineConfig, OptimConfig
-from training.errors import TrainingError
-from training.plan_model import Model
+from training.config import CDMConfig
+from training.plan_setup import FLOAT32, Bytes, Passes, Role, Setup
 from training.plan_trace import Compute, Timeline, Traces, measure
 
-Bytes = dict[str, int]
-
-FLOAT32 = 4
 GRID_PROMPTS = 8
 """Pictures of a sample grid that are decoded at once (`training/session.py`)."""
-BLOCK_8BIT, LEAST_8BIT = 256, 4096
-"""bitsandbytes: values that share a float32 scale, and the size below which a tensor's moments stay float32."""
 GATHERED_UNITS = 2
 """Blocks that FSDP2 holds whole at a time: the one that computes, and the next, gathered meanwhile."""
 KEPT_CHECKPOINTS = 2
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is planned: a model, what it learns, and on what it is computed."""
-
-    model: Model
-    config: OptimConfig
-    machine: MachineConfig
-    gpus: int = 1
-    kernels: Literal["gpu", "cpu"] = "gpu"
-    sample_grids: bool = True
-    prompts: int = 10_000
-    """Distinct prompts, whose embeddings are cached."""
-    overhead: int = 0
-    """Bytes of CUDA's context and of libraries' workspaces, per GPU."""
-    fragmentation: float = 0.0
-    """What the allocator cannot use, as a share of what comes and goes."""
-
-    def __post_init__(self) -> None:
-        if self.config.batch % self.gpus:
-            raise TrainingError(
-                f"--batch={self.config.batch} cannot be divided among {self.gpus} GPUs; give a multiple of {self.gpus}"
-            )
-
-    @property
-    def share(self) -> int:
-        """Samples of one GPU."""
-        return self.config.batch // self.gpus
-
-    @property
-    def micro(self) -> int:
-        """Samples of one forward with gradient."""
-        return min(self.machine.micro_batch or self.share, self.share)
-
-    @property
-    def fsdp(self) -> bool:
-        """Whether networks are sharded."""
-        return self.machine.parallel == "fsdp" and self.gpus > 1
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of compute copies and cached embeddings."""
-        found: torch.dtype = getattr(torch, self.config.dtype)
-        return found
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Network passes of one iteration, in samples per sample of the batch."""
-
-    rollout: float
-    """Student passes without gradient (consistency: teacher passes)."""
-    student: int
-    """Student forwards with gradient in a student step, before its one backward."""
-    teacher: int
-    fake: int
-    """No-gradient passes of a student step."""
-
-    @classmethod
-    def of(cls, config: OptimConfig) -> Passes:
-        """As `training.distill` runs them: a rollout of N ~ U{1…n_max} steps, cut at an anchor k ~ U{0…N−1}."""
-        if not isinstance(config, CDMConfig):
-            # Consistency: a guided rollout of at most n_max steps by the teacher, its guided velocity at the point, and
-            # the student's forward, whose derivative takes about two more.
-            return cls(config.n_max + 1.0, 3, 2, 0)  # type: ignore[attr-defined]
-        if config.schedule == "fixed":
-            full, cut = config.fixed_steps, (config.fixed_steps + 1) / 2
-        else:
-            full, cut = (config.n_max + 1) / 2, (config.n_max + 3) / 4
-        anchored = [weight for weight in (config.weight_ca, config.weight_dm) if weight]
-        terms = len(anchored) + bool(config.weight_cdm)
-        emptied = terms if config.dm_guidance != 1 else int(config.weight_ca > 0)
-        forwards = (bool(anchored) if config.shared_forward else len(anchored)) + bool(config.weight_cdm)
-        matched = terms - int(config.weight_ca > 0)
-        return cls(cut if config.truncated_rollout else full, forwards, terms + emptied, matched)
-
-
-class Role:
-    """Weights that are trained: shapes of all, and of those with a gradient."""
-
-    def __init__(self, setup: Setup, traces: Traces) -> None:
-        self.setup, self.traces = setup, traces
-
-    @cached_property
-    def trained(self) -> list[int]:
-        """Numbers per tensor that this GPU trains: all, or its shard along the first axis."""
-        return [self._part(parameter) for parameter in self.traces.net.parameters() if parameter.requires_grad]
-
-    @property
-    def count(self) -> int:
-        """Numbers that this GPU trains."""
-        return sum(self.trained)
-
-    def _part(self, parameter: torch.Tensor) -> int:
-        if not self.setup.fsdp:
-            return parameter.numel()
-        return math.ceil(parameter.shape[0] / self.setup.gpus) * (parameter.numel() // parameter.shape[0])
-
-    def persistent(self, name: str) -> Bytes:
-        """Compute copies, float32 masters, moments. What shares memory is counted once."""
-        item, setup = self.setup.dtype.itemsize, self.setup
-        copies = sum(buffer.numel() for buffer in self.traces.net.buffers()) * item
-        # FSDP2 gathers low-precision copies of float32 shards; float32 copies are the masters themselves.
-        if not setup.fsdp and item < FLOAT32:
-            copies += self.count * item
-        if self.traces.compute.rank:  # the base is the teacher's
-            copies = self.count * item if item < FLOAT32 else 0
-        return {
-            f"{name}: compute copies": copies,
-            f"{name}: float32 masters": self.count * FLOAT32,
-            f"{name}: AdamW moments": self.moments(),
-        }
-
-    def moments(self) -> int:
-        """Two per weight, in float32 or 8 bits."""
-        if self.setup.config.optimizer == "adamw":
-            return 2 * FLOAT32 * self.count
-        return sum(
-            2 * (n + math.ceil(n / BLOCK_8BIT) * FLOAT32) if n >= LEAST_8BIT else 2 * FLOAT32 * n for n in self.trained
-        )
-
-    def gradient_bytes(self) -> int:
-        """Of accumulated gradients before the optimizer's turn: of the compute copies, or float32 shards."""
-        return self.count * (FLOAT32 if self.setup.fsdp else self.setup.dtype.itemsize)
-
-    def backward(self, timeline: Timeline, samples: int, accumulates: bool) -> Bytes:
-        """Activations and gradients at the worst moment of forwards and backward; the sum is the peak."""
-        whole = sum(p.numel() for p in self.traces.net.parameters() if p.requires_grad) * self.setup.dtype.itemsize
-        if accumulates:
-            # Gradients of earlier micro-batches lie there already; each new one lives until it is added.
-            largest = max(p.numel() for p in self.traces.net.parameters() if p.requires_grad)
-            return {
-                "gradients": self.gradient_bytes(),
-                "activations": int(timeline.at(samples).max()) + largest * self.setup.dtype.itemsize,
-            }
-        scaled = timeline.gradients * (self.gradient_bytes() / whole)
-        worst = int((timeline.at(samples) + scaled).argmax())
-        return {"gradients": int(scaled[worst]), "activations": int(timeline.at(samples)[worst])}
 
 
 class Memory:
@@ -298,7 +152,9 @@ class Memory:
         setup, roles = self.setup, [role for role in (self.student, self.fake) if role is not None]
         ranks = setup.gpus if setup.fsdp else 1
         once = sum(role.count * FLOAT32 + role.moments() for role in roles) + self.student.count * FLOAT32
-        whole = sum(parameter.numel() for parameter in self.plain.net.parameters()) + setup.model.text_parameters
+        whole = (
+            sum(parameter.numel() for parameter in self.plain.net.parameters()) + setup.model.text_parameters
+        )
         return {
             f"checkpoints ({KEPT_CHECKPOINTS} kept, 1 being written)": (KEPT_CHECKPOINTS + 1) * once * ranks,
             "copy of the teacher, student": whole * (2 + FLOAT32),
@@ -314,11 +170,12 @@ class Memory:
 
     def _update(self, role: Role) -> Bytes:
         """Float32 gradients beside their masters; averaging them over processes takes as much again."""
-        reduced = role.count * FLOAT32 if self.setup.gpus > 1 and not self.setup.fsdp else 0
-        return {"gradients": role.count * FLOAT32, "gradients on their way (DDP)": reduced}
+        gradients = sum(role.learning) * FLOAT32
+        reduced = gradients if self.setup.gpus > 1 and not self.setup.fsdp else 0
+        return {"gradients": gradients, "gradients on their way (DDP)": reduced}
 
     def _gathered(self) -> int:
-        """Whole blocks in the compute dtype with their float32 gradients, and what lies outside blocks, each network's."""
+        """Whole blocks in the compute dtype with float32 gradients, and each network's weights outside blocks."""
         net, units = self.plain.net, self.setup.model.units
         blocks = [_numbers(module) for module in net.modules() if type(module).__name__ in units]
         rest = _numbers(net) - sum(blocks)
@@ -337,12 +194,16 @@ class Memory:
         if key not in self._cache:
             net: Any = self._autoencoder
 
-            def run(meter: Any, samples: int) -> int:
+            def run(meter: Any, inputs: Any) -> int:
                 with torch.no_grad():
-                    net.decode(self.setup.model.latents(samples))
+                    net.decode(inputs["latents"])
                 return int(meter.flops)
 
-            self._cache[key] = measure(run, [*net.parameters(), *net.buffers()], [], self.setup.kernels)
+            def inputs_of(samples: int) -> dict[str, torch.Tensor]:
+                return {"latents": self.setup.model.latents(samples)}
+
+            known = [*net.parameters(), *net.buffers()]
+            self._cache[key] = measure(run, inputs_of, known, [], self.setup.kernels)
         found: Timeline = self._cache[key]
         return found
 

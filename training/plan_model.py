@@ -141,7 +141,9 @@ BUILT_IN: Mapping[str, Model] = {
     "sd3.5-medium": Model(
         "sd3.5-medium", "StableDiffusion3Pipeline", _SD35, 128, _KL, CLIP_LENGTH + T5_LENGTH, 1, _SD3_TEXT
     ),
-    "longcat-image": Model("longcat-image", "LongCatImagePipeline", _LONGCAT, LONGCAT_SIZE, _KL, QWEN_LENGTH, 1, _QWEN),
+    "longcat-image": Model(
+        "longcat-image", "LongCatImagePipeline", _LONGCAT, LONGCAT_SIZE, _KL, QWEN_LENGTH, 1, _QWEN
+    ),
 }
 """Published configurations, so that a plan needs neither a download nor a connection."""
 

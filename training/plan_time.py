@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from training.config import CDMConfig
-from training.plan_memory import FLOAT32, Memory, Role
+from training.plan_memory import Memory
+from training.plan_setup import FLOAT32, Role
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,12 @@ def iteration(memory: Memory) -> list[Work]:
     moved, sent = _update(memory.student, memory)
     moved += 3 * FLOAT32 * memory.student.count  # the average: two read, one written
     work.append(
-        Work("student step", flops / every, moved / every, (sent + _gathers(memory, (2 * forwards + 2) * parts)) / every)
+        Work(
+            "student step",
+            flops / every,
+            moved / every,
+            (sent + _gathers(memory, (2 * forwards + 2) * parts)) / every,
+        )
     )
     return work
 

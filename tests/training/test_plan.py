@@ -10,19 +10,19 @@ import pytest
 import torch
 
 import training.plan_model as plan_model
-from benchmarks.plan_saved import saved_bytes
-from engines.cli import run_command
+from benchmarks.plan_saved import live_bytes, saved_bytes
+from engines.cli import parse_settings, run_command
 from tests.tiny_longcat import build_tiny_longcat
 from tests.training.tiny_distillation import tiny_config, tiny_distillation
 from training.config import CDMConfig, MachineConfig
 from training.cpu_kernels import cpu_kernels
 from training.errors import TrainingError
 from training.main import COMMANDS
-from training.optim import adamw
 from training.plan import RECIPES, PlanSettings, plan
 from training.plan_advice import Advisor
-from training.plan_memory import Memory, Passes, Setup
+from training.plan_memory import Memory
 from training.plan_model import BUILT_IN, describe, stored_numbers
+from training.plan_setup import Passes, Setup
 from training.plan_time import GPUS, Speed, iteration, longest, seconds
 from training.plan_trace import Compute, Traces
 from training.rollout import draw_schedule, rollout
@@ -35,8 +35,21 @@ def tiny_setup(folder, **changes) -> Setup:
     machine = {name: changes.pop(name) for name in list(changes) if name in MachineConfig.model_fields}
     of_setup = {name: changes.pop(name) for name in list(changes) if name in Setup.__dataclass_fields__}
     return Setup(
-        describe(str(folder)), tiny_config(**changes), MachineConfig(**machine), **{"kernels": "cpu", **of_setup}
+        describe(str(folder)),
+        tiny_config(**changes),
+        MachineConfig(**machine),
+        **{"kernels": "cpu", **of_setup},
     )
+
+
+@pytest.fixture(scope="module")
+def cache() -> dict:
+    """Traces, which setups of one model share."""
+    return {}
+
+
+def parsed(arguments) -> PlanSettings:
+    return parse_settings(PlanSettings, arguments, "plan", "")[0]
 
 
 def command(arguments, capsys) -> tuple[int, dict]:
@@ -100,7 +113,7 @@ def test_a_folder_is_described_by_its_files_alone(tiny_model, tiny_longcat):
 def test_what_is_no_model_is_refused(tmp_path, tiny_model):
     with pytest.raises(TrainingError, match="built-in size; sizes: sd3-medium"):
         describe("no where")
-    with pytest.raises(TrainingError, match="model_index.json cannot be read"):
+    with pytest.raises(TrainingError, match=r"model_index.json cannot be read"):
         describe(str(tmp_path))
 
 
@@ -143,11 +156,17 @@ def test_activations_equal_what_autograd_saves(tiny_model, tiny_longcat, family,
     cond = model.embedding(4, torch.bfloat16, "cpu")
     x, sigma = torch.zeros(4, *model.latent), torch.full((4,), 0.5)
     known = [*net.parameters(), *net.buffers(), x, sigma, *cond.values()]
-    with cpu_kernels():
-        saved = saved_bytes(lambda: model.family().velocity(net, x, sigma, cond), known)
+
+    def forward():
+        return model.family().velocity(net, x, sigma, cond)
+
     predicted = Traces(model, Compute("bfloat16", checkpointing, kernels="cpu")).steps(1).saved(4)
-    # What is live but saved by nobody (x̂0, its re-noised copy, time embeddings) is a few latents.
-    assert predicted == pytest.approx(saved, rel=0.1, abs=6 * x.nbytes)
+    with cpu_kernels():
+        live, saved = live_bytes(forward), saved_bytes(forward, known)
+    # A plan also has x̂0 and its re-noised copy: three latents and the like.
+    assert 0 <= predicted - live <= 5 * x.nbytes
+    if not checkpointing:  # whose frames keep their inputs past the hooks
+        assert saved == pytest.approx(live, rel=0.02, abs=3 * x.nbytes)
 
 
 def test_a_gpu_stores_no_attention_probabilities(tiny_model):
@@ -163,7 +182,12 @@ def test_memory_is_linear_in_the_batch_at_every_moment(tiny_model):
     traces = Traces(describe(str(tiny_model)), Compute(kernels="cpu"))
     timeline = traces.steps(2)
     assert timeline.saved(6) - timeline.saved(5) == timeline.saved(5) - timeline.saved(4) > 0
-    assert timeline.gradients[-1] == sum(p.numel() for p in traces.net.parameters()) * 2
+    learning = [p.numel() for i, p in enumerate(traces.net.parameters()) if i not in timeline.idle]
+    assert timeline.gradients[-1] == sum(learning) * 2
+    # The last block's text asks nothing: weight and bias of its query, and the norm of it, never learn.
+    assert [n for i, n in enumerate(p.numel() for p in traces.net.parameters()) if i in timeline.idle] == [
+        64 * 64, 64, 16
+    ]  # fmt: skip
     assert traces.steps(2).saved(4) > 1.9 * traces.steps(1).saved(4)  # two forwards live at once
 
 
@@ -175,8 +199,8 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("changes", CHANGES)
-def test_parts_add_up_to_the_total(tiny_model, changes):
-    memory = Memory(tiny_setup(tiny_model, overhead=1000, fragmentation=0.1, **changes))
+def test_parts_add_up_to_the_total(tiny_model, cache, changes):
+    memory = Memory(tiny_setup(tiny_model, overhead=1000, fragmentation=0.1, **changes), cache)
     assert memory.total == sum(memory.parts.values())
     worst = sum(memory.phases[memory.worst].values())
     assert worst == max(sum(parts.values()) for parts in memory.phases.values())
@@ -184,37 +208,30 @@ def test_parts_add_up_to_the_total(tiny_model, changes):
     assert all(value > 0 for value in memory.parts.values())
 
 
-def test_every_saving_saves_what_it_is_for(tiny_model):
+def test_every_saving_saves_what_it_is_for(tiny_model, cache):
     def parts(**changes):
-        return Memory(tiny_setup(tiny_model, dtype="bfloat16", **changes))
+        return Memory(tiny_setup(tiny_model, dtype="bfloat16", **changes), cache)
 
     plain, lora = parts(), parts(student_rank=4, fake_rank=4)
     assert lora.persistent["student: AdamW moments"] < plain.persistent["student: AdamW moments"] / 4
-    assert lora.persistent["teacher: weights"] == plain.persistent["teacher: weights"]  # one base for all three
+    assert (
+        lora.persistent["teacher: weights"] == plain.persistent["teacher: weights"]
+    )  # one base for all three
     eight = parts(optimizer="adamw8bit").persistent["student: AdamW moments"]
     assert eight < 0.6 * plain.persistent["student: AdamW moments"]
     sharded = parts(gpus=2, parallel="fsdp").persistent
-    assert "student: compute copies" not in {k for k, v in sharded.items() if v > plain.embedding * 1000}
+    buffers = sum(buffer.nbytes for buffer in plain.plain.net.buffers())
+    assert sharded["student: compute copies"] == buffers  # weights are gathered from the masters
     assert sharded["student: float32 masters"] == pytest.approx(
         plain.persistent["student: float32 masters"] / 2, rel=0.02
     )
     three, shared = parts(shared_forward=False), parts()
     asked = "student step: teachers asked"
-    assert three.phases[asked]["activations"] == pytest.approx(1.5 * shared.phases[asked]["activations"], rel=0.02)
+    assert three.phases[asked]["activations"] == pytest.approx(
+        1.5 * shared.phases[asked]["activations"], rel=0.02
+    )
     kept = parts(gradient_checkpointing=True).phases[asked]["activations"]
     assert kept < 0.5 * shared.phases[asked]["activations"]
-
-
-def test_moments_are_two_per_weight_as_torch_has_them(tiny_model):
-    setup = tiny_setup(tiny_model)
-    memory = Memory(setup)
-    masters = [torch.zeros(p.shape, requires_grad=True) for p in memory.plain.net.parameters()]
-    optimizer = adamw(masters, setup.config, 1e-3)
-    for master in masters:
-        master.grad = torch.zeros_like(master)
-    optimizer.step()
-    states = [s for state in optimizer.state.values() for k, s in state.items() if k != "step"]
-    assert memory.student.moments() == sum(state.nbytes for state in states)
 
 
 # time
@@ -261,62 +278,81 @@ def test_the_average_rollout_is_as_long_as_drawn(tiny_model):
 
 def test_checkpointing_costs_a_forward_of_the_blocks(tiny_model):
     plain, kept = (
-        Traces(describe(str(tiny_model)), Compute(checkpointing=on, kernels="cpu")).steps(1) for on in (False, True)
+        Traces(describe(str(tiny_model)), Compute(checkpointing=on, kernels="cpu")).steps(1)
+        for on in (False, True)
     )
     assert kept.forward_flops == plain.forward_flops
     added = kept.backward_flops - plain.backward_flops
     assert 0.7 * plain.forward_flops < added <= plain.forward_flops
 
 
-def test_time_follows_its_parts(tiny_model):
+def test_time_follows_its_parts(tiny_model, cache):
     setup = tiny_setup(tiny_model, dtype="bfloat16")
-    memory = Memory(setup)
+    memory = Memory(setup, cache)
     assert seconds(memory, SPEED) == pytest.approx(sum(part.seconds(SPEED) for part in iteration(memory)))
     alone = {part.name: part for part in iteration(memory)}
-    rarer = {p.name: p for p in iteration(Memory(tiny_setup(tiny_model, dtype="bfloat16", student_every=4)))}
+    rarer = {
+        p.name: p for p in iteration(Memory(tiny_setup(tiny_model, dtype="bfloat16", student_every=4), cache))
+    }
     assert rarer["student step"].flops == pytest.approx(alone["student step"].flops / 2)
     assert rarer["fake step"] == alone["fake step"]
     assert all(part.sent == 0 for part in alone.values())
-    sharded = iteration(Memory(replace(setup, gpus=2, machine=MachineConfig(parallel="fsdp"))))
+    sharded = iteration(Memory(replace(setup, gpus=2, machine=MachineConfig(parallel="fsdp")), cache))
     assert all(part.sent > 0 for part in sharded)
 
 
 # advice
 
 
-def test_applying_advice_gives_what_it_promised(tiny_model, capsys):
-    arguments = ["emoji-cdm", "--teacher", str(tiny_model), "--memory", "0.001", "--gpus", "2", "--batch", "8"]
-    code, before = command(arguments, capsys)
-    assert code == 1
-    assert not before["fits"]
-    flags = [change["flags"] for change in before["alone"]]
-    assert {"--gradient-checkpointing", "--micro-batch 1", "--parallel fsdp", "--optimizer adamw8bit"} <= set(flags)
-    for change in before["alone"]:
-        _, after = command([*arguments, *change["flags"].split()], capsys)
-        assert after["total_gb"] == change["total_gb"] < before["total_gb"], change
-        assert after["seconds"]["iteration"] == pytest.approx(change["seconds"])
+def test_applying_advice_gives_what_it_promised(tiny_model, cache):
+    arguments = ["emoji-cdm", "--teacher", str(tiny_model), "--gpus", "2", "--batch", "64", "--device", "cpu"]
+    setup = parsed(arguments).setup()
+    advisor = Advisor(setup, 1000, SPEED, cache)
+    before, changes = Memory(setup, cache), advisor.alone()
+    wanted = {"--gradient-checkpointing", "--micro-batch 1", "--optimizer adamw8bit", "--sample-every 0"}
+    assert len({change.flags for change in changes} & wanted) >= 3
+    for change in changes:
+        after = Memory(parsed([*arguments, *change.flags.split()]).setup(), cache)
+        assert after.total == change.total < before.total, change.flags
+        assert seconds(after, SPEED) == change.seconds
+    assert advisor.together() == []  # nothing fits into a kilobyte
 
 
-def test_changes_together_fit_and_none_is_spare(tiny_model, capsys):
-    arguments = ["emoji-cdm", "--teacher", str(tiny_model), "--batch", "32", "--overhead", "0", "--sample-every", "0"]
-    _, roomy = command([*arguments, "--memory", "10"], capsys)
-    limit = roomy["total_gb"] * 0.5
-    code, tight = command([*arguments, "--memory", str(limit)], capsys)
-    assert code == 1
-    assert tight["together"]
-    everything = [flag for change in tight["together"] for flag in change["flags"].split()]
-    code, after = command([*arguments, "--memory", str(limit), *everything], capsys)
-    assert code == 0
-    assert after["total_gb"] == tight["together"][-1]["total_gb"] <= limit
-    for spared in tight["together"]:
-        rest = [flag for change in tight["together"] if change is not spared for flag in change["flags"].split()]
-        code, _ = command([*arguments, "--memory", str(limit), *rest], capsys)
-        assert code == 1, spared
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_changes_together_fit_and_none_is_spare(tiny_model, cache, share):
+    arguments = [
+        "emoji-cdm",
+        "--teacher",
+        str(tiny_model),
+        "--batch",
+        "64",
+        "--overhead",
+        "0",
+        "--sample-every",
+        "0",
+    ]
+    limit = round(Memory(parsed(arguments).setup(), cache).total * share)
+    changes = Advisor(parsed(arguments).setup(), limit, SPEED, cache).together()
+    assert changes
+    for count in range(1, len(changes) + 1):
+        flags = [flag for change in changes[:count] for flag in change.flags.split()]
+        assert Memory(parsed([*arguments, *flags]).setup(), cache).total == changes[count - 1].total
+    assert changes[-1].total <= limit
+    for spared in changes:
+        rest = [flag for change in changes if change is not spared for flag in change.flags.split()]
+        assert Memory(parsed([*arguments, *rest]).setup(), cache).total > limit, spared.flags
 
 
-def test_the_largest_micro_batch_fits_and_one_more_does_not(tiny_model):
+def test_what_does_not_fit_ends_with_1_and_says_what_would(tiny_model, capsys):
+    arguments = ["emoji-cdm", "--teacher", str(tiny_model), "--overhead", "0"]
+    code, found = command([*arguments, "--memory", "0.02"], capsys)
+    assert (code, found["fits"]) == (1, False)
+    assert found["total_gb"] > 0.02 >= found["together"][-1]["total_gb"]
+    assert found["alone"]
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not(tiny_model, cache):
     setup = tiny_setup(tiny_model, batch=16, sample_grids=False)
-    cache: dict = {}
     limit = Memory(replace(setup, machine=MachineConfig(micro_batch=5)), cache).total
     advisor = Advisor(setup, limit, SPEED, cache)
     assert advisor.largest_micro_batch(setup) == 5
@@ -359,7 +395,7 @@ def test_too_little_main_memory_or_disk_names_how_many_prompts_would_do(tiny_mod
         (["emoji-cdm"], "no teacher of its own; name its folder with --teacher"),
         (["sd3-cdm", "--gpus", "3"], "--batch=128 cannot be divided among 3 GPUs"),
         (["sd3-cdm", "--gpu", "abacus"], "--gpu=abacus is not known; known: b200"),
-        (["sd3-consistency", "--fake-rank", "4"], "--fake-rank is no setting of sd3-consistency"),
+        (["sd3-consistency", "--weight-ca", "2"], "--weight-ca is no setting of sd3-consistency"),
     ],
 )
 def test_what_cannot_be_planned_is_said(arguments, message, capsys):
