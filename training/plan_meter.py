@@ -47,9 +47,13 @@ class Meter(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage())
+        self.note()
+        return result
+
+    def note(self) -> None:
+        """Write down what is in use now."""
         self.usage.append(self.live)
         self.of_gradients.append(self.gradients)
-        return result
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)

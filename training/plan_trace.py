@@ -173,6 +173,7 @@ def measure(
         ]
         with kernels(kind, meter), meter:
             forward.append(run(meter, inputs))
+        meter.note()  # the last gradients are there after the last operation
         idle = frozenset(number for number, parameter in enumerate(trained) if parameter.grad is None)
         for parameter, hook in zip(trained, hooks, strict=True):
             hook.remove()

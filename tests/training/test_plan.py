@@ -345,9 +345,9 @@ def test_changes_together_fit_and_none_is_spare(tiny_model, cache, share):
 
 def test_what_does_not_fit_ends_with_1_and_says_what_would(tiny_model, capsys):
     arguments = ["emoji-cdm", "--teacher", str(tiny_model), "--overhead", "0"]
-    code, found = command([*arguments, "--memory", "0.02"], capsys)
+    code, found = command([*arguments, "--memory", "0.015"], capsys)
     assert (code, found["fits"]) == (1, False)
-    assert found["total_gb"] > 0.02 >= found["together"][-1]["total_gb"]
+    assert found["total_gb"] > 0.015 >= found["together"][-1]["total_gb"]
     assert found["alone"]
 
 
