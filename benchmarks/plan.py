@@ -98,7 +98,8 @@ def run(settings: PlanBenchSettings) -> int:
     if settings.blocks:
         show("plan", plan_saved.rows())
         return 0
-    rows, cache = [], {}
+    rows: list[dict[str, Any]] = []
+    cache: dict[Any, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in settings.only or ROWS:
             row = ROWS[name]

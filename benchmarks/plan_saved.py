@@ -25,7 +25,7 @@ from training.plan_meter import _RMSNorm
 from training.plan_model import BUILT_IN
 from training.plan_trace import Compute, Traces
 
-FEW = {
+FEW: dict[str, dict[str, Any]] = {
     "sd3-medium": {"num_layers": 2},
     "sd3.5-medium": {"num_layers": 2, "dual_attention_layers": [0]},
     "longcat-image": {"num_layers": 1, "num_single_layers": 1},
@@ -104,7 +104,7 @@ def _kernels(kind: Kind) -> Iterator[None]:
             yield
         return
     before = F.rms_norm
-    F.rms_norm = lambda x, shape, weight=None, eps=None: _RMSNorm.apply(x, weight)  # type: ignore[assignment]
+    F.rms_norm = lambda x, shape, weight=None, eps=None: _RMSNorm.apply(x, weight)  # type: ignore[assignment,no-untyped-call]
     try:
         yield
     finally:

@@ -23,12 +23,12 @@ from torch.utils.flop_counter import flop_registry
 from training.cpu_kernels import _Attention, _Gelu
 
 
-class Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of all storages that operations made and that still live, after each operation; and FLOPs."""
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
         """Storages of `known` are not counted."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live, self.gradients, self.flops = 0, 0, 0
         self.forwards_end = 0
         self.usage: list[int] = []
@@ -132,7 +132,9 @@ def kernels(kind: str, meter: Meter) -> Iterator[None]:
             return _Gelu.apply(input)  # type: ignore[no-untyped-call,no-any-return]
         return before[1](input, approximate=approximate)
 
-    def rms_norm(input: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    def rms_norm(
+        input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
         assert weight is not None, "no family here norms without a weight"
         return _RMSNorm.apply(input, weight)  # type: ignore[no-untyped-call,no-any-return]
 

@@ -86,7 +86,7 @@ class Passes:
             # the student's forward, whose derivative takes about two more.
             return cls(config.n_max + 1.0, 3, 2, 0)  # type: ignore[attr-defined]
         if config.schedule == "fixed":
-            full, cut = config.fixed_steps, (config.fixed_steps + 1) / 2
+            full, cut = float(config.fixed_steps), (config.fixed_steps + 1) / 2
         else:
             full, cut = (config.n_max + 1) / 2, (config.n_max + 3) / 4
         anchored = [weight for weight in (config.weight_ca, config.weight_dm) if weight]

@@ -168,7 +168,7 @@ def measure(
         inputs = inputs_of(samples)
         meter = Meter([*known, *inputs.values()])
         hooks = [
-            parameter.register_post_accumulate_grad_hook(meter.count_gradient)  # type: ignore[attr-defined]
+            parameter.register_post_accumulate_grad_hook(meter.count_gradient)  # type: ignore[no-untyped-call]
             for parameter in trained
         ]
         with kernels(kind, meter), meter:
