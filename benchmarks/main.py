@@ -110,6 +110,13 @@ COMMANDS = {
         extra="bench",
         epilog="cdm-bench ablation --seeds 0,1,2\ncdm-bench ablation --no-train",
     ),
+    "plan": Command(
+        "benchmarks.plan:PlanBenchSettings",
+        "benchmarks.plan:run",
+        "what cdm-train plan predicts beside real runs on this CPU: peak memory and time, by phase",
+        extra="bench",
+        epilog="cdm-bench plan\ncdm-bench plan --only 10m,10m-checkpointing\ncdm-bench plan --blocks",
+    ),
     "student": Command(
         "benchmarks.student:StudentBenchSettings",
         "benchmarks.student:run",

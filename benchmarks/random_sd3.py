@@ -61,7 +61,7 @@ SCALES = {
 
 def build_random_sd3(
     folder: Path,
-    scale: str,
+    scale: str | Scale,
     *,
     layers: int | None = None,
     vae_channels: tuple[int, ...] | None = None,
@@ -73,7 +73,7 @@ def build_random_sd3(
     No parameter ever exists in another dtype, or twice. `vae_channels` take the place of the scale's: the autoencoder
     of `medium` is SD3's own, and slow on a CPU.
     """
-    size = SCALES[scale]
+    size = SCALES[scale] if isinstance(scale, str) else scale
     generator = torch.Generator().manual_seed(seed)
 
     def filled(make: Callable[[], nn.Module]) -> nn.Module:

@@ -200,9 +200,39 @@ def coldstart() -> str:
     return _table(("from `cdm-serve` to the first picture", "p50", "runs"), cells)
 
 
+def plan() -> str:
+    """What the planner predicts of small runs on the CPU, over what they took."""
+    names = [
+        "rollout, memory", "fake step, memory", "student step, memory", "time ratio",
+        "rollout, time", "fake step, time", "student step, time",
+    ]  # fmt: skip
+    header = ["predicted / measured", "dtype", "M parameters", "peak, MB", "peak", *names]
+    return _table(
+        [name.replace("time ratio", "time") for name in header],
+        (
+            [
+                row["run"],
+                row["dtype"],
+                f"{row['M parameters']:.1f}",
+                f"{row['peak, MB']:.1f}",
+                f"{row['ratio']:.3f}",
+            ]
+            + [f"{row[name]:.2f}" for name in names]
+            for row in _json_line("plan.txt")["rows"]
+        ),
+    )
+
+
+def plan_saved() -> str:
+    """What a forward leaves in memory at full width, over what a plan says."""
+    rows = _json_line("plan-blocks.txt")["rows"]
+    return _table(rows[0], (["" if value is None else str(value) for value in row.values()] for row in rows))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality, "goals": goals, "engine": engine, "parity": parity, "http": http, "surface": surface,
     "knees": knees, "sweep": sweep, "curve": curve,
     "invariance": invariance,
     "coldstart": coldstart,
+    "plan": plan, "plan_saved": plan_saved,
 }  # fmt: skip
