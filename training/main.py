@@ -97,6 +97,14 @@ COMMANDS = {
         epilog="cdm-train evaluate runs/teacher/model --steps 50 --steps 4 --guidance 4",
         user_errors=USER_ERRORS,
     ),
+    "plan": Command(
+        "training.plan:PlanSettings",
+        "training.plan:plan",
+        "memory by part and time per step of a recipe, before anything is loaded",
+        extra="train",
+        epilog="cdm-train plan sd3-cdm --gpus 8 --memory 80",
+        user_errors=USER_ERRORS,
+    ),
     "report": Command(
         "training.report.write:ReportSettings",
         "training.report.write:report",

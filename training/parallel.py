@@ -89,12 +89,11 @@ class Parallel:
     def average_(self, gradients: Sequence[Tensor]) -> None:
         """Average gradients over processes, in place; sharded ones are averaged already."""
         if self.world > 1 and not self.fsdp:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            flat /= self.world
-            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+            # In place and all under way at once: a flat copy of a large model's gradients would be gigabytes.
+            works = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
+            for work in works:
+                work.wait()
+            torch._foreach_div_(list(gradients), float(self.world))
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Euclidean norm of all gradients together, over all shards."""

@@ -169,7 +169,12 @@ def draw_grid(path: Path, work: Method, prompts: Prompts, table: EmbeddingTable)
     with work.roles.averaged() as student, student.active():
         family.transformer = student.net
         try:
-            rows = [decode(family, sample(family, cond, family.sigmas(steps), seeds)) for steps in GRID_STEPS]
+            # One picture at a time: decoding eight of 1024² at once takes tens of GB.
+            rows = [
+                decode(family, latents_CHW[None])
+                for steps in GRID_STEPS
+                for latents_CHW in sample(family, cond, family.sigmas(steps), seeds)
+            ]
         finally:
             family.transformer = teacher
     sheet = tile(np.concatenate(rows), GRID_PROMPTS)
