@@ -16,12 +16,14 @@ from training import checkpoint
 from training.config import CDMConfig, OptimConfig
 from training.cpu_kernels import keep_freed_memory
 from training.distill import Distillation, Method, distill
+from training.embedding_cache import EmbeddingCache
+from training.embeddings import EmbeddingTable, embed_prompts
 from training.environment import record_start
 from training.errors import TrainingError
 from training.grid import tile
 from training.means import Values
 from training.parallel import Parallel
-from training.prompts import EmbeddingTable, Prompts, embed_prompts
+from training.prompts import Prompts
 from training.recipes import RUNTIME_FIELDS, TrainSettings
 from training.report.write import write_report
 from training.roles import Roles
@@ -68,7 +70,11 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
     keep_teacher(teacher, hashes, kept)
     family = _load(kept)
     set_resolution(family, config.resolution)
-    table = embed_prompts(family, prompts.texts, getattr(torch, config.dtype), settings.max_embedding_gb)
+    cache = EmbeddingCache.of(kept, getattr(torch, config.dtype), settings.out.parent / "embeddings")
+    table = embed_prompts(
+        family, prompts.texts, cache, limit_gb=settings.max_embedding_gb,
+        rank=parallel.rank, world=parallel.world, barrier=parallel.barrier,
+    )  # fmt: skip
     drop_text_encoders(family)
     roles = Roles(family.transformer, config, parallel, family.fsdp_units)
     work = _method(settings, config, family, roles, prompts, table)

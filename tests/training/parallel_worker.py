@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from engines.families.base import load_family
 from tests.training.tiny_distillation import TEXTS, tiny_config
 from training.distill import Distillation
+from training.embeddings import embed_in_memory
 from training.parallel import Parallel
-from training.prompts import Prompts, embed_prompts
+from training.prompts import Prompts
 from training.roles import Roles
 
 
@@ -23,7 +24,7 @@ def work_on(folder: Path, mode: str, micro_batch: int, changes: dict[str, object
     parallel = Parallel.start("cpu", mode)
     family = load_family(folder)
     prompts = Prompts.of([(text, 1.0) for text in TEXTS], "test")
-    table = embed_prompts(family, prompts.texts, getattr(torch, config.dtype))
+    table = embed_in_memory(family, prompts.texts, getattr(torch, config.dtype))
     roles = Roles(family.transformer, config, parallel, family.fsdp_units)
     return Distillation(family, config, roles, prompts, table, 128, micro_batch)
 
