@@ -29,7 +29,8 @@ from engines.families.base import load_family
 from training.config import CDMConfig
 from training.cpu_kernels import cpu_kernels, keep_freed_memory
 from training.distill import Distillation
-from training.prompts import embed_prompts, read_prompts
+from training.embeddings import embed_in_memory
+from training.prompts import read_prompts
 from training.roles import Roles
 
 Way = tuple[Distillation, Callable[[], object], Callable[[], AbstractContextManager[None]]]
@@ -97,7 +98,7 @@ def _work(
     )  # fmt: skip
     family = load_family(settings.teacher)
     prompts = read_prompts(settings.prompts)
-    table = embed_prompts(family, prompts.texts, getattr(torch, config.dtype))
+    table = embed_in_memory(family, prompts.texts, getattr(torch, config.dtype))
     work = Distillation(family, config, Roles(family.transformer, config), prompts, table, pass_batch)
     for module in family.text_modules().values():
         nn.Module.to(module, getattr(torch, config.dtype))

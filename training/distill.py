@@ -18,8 +18,9 @@ from training import losses
 from training.config import CDMConfig
 from training.cpu_kernels import cpu_kernels
 from training.draws import Draws, generator
+from training.embeddings import EmbeddingTable
 from training.means import Means, Values
-from training.prompts import EmbeddingTable, Prompts
+from training.prompts import Prompts
 from training.roles import Network, Roles
 from training.rollout import Rollout, draw_schedule, rollout
 from training.run import Run, numpy_generator

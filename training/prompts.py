@@ -1,32 +1,29 @@
-"""Prompts, and their embeddings computed once.
+"""Prompts to train on, and how often each is drawn.
 
     prompts = read_prompts(Path("prompts.txt"))
-    table = embed_prompts(family, prompts.texts, torch.bfloat16)
-    conditioning = table.rows(prompts.draw(rng, 32))
+    prompts = read_prompts([Path("captions.jsonl"), Path("laion-parts/")])
+    indices = prompts.draw(rng, 32)
 
-A list is a text file with one prompt a line, or JSON lines with `prompt` or `caption` and maybe `weight`.
+A list is a text file with one prompt a line, or JSON lines or a Parquet table with `prompt` or `caption` and maybe
+`weight`; or a folder of such files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from rich.progress import track
-from torch import Tensor
 
-from engines.families.base import Conditioning, Family
 from training.errors import TrainingError
 
 PROMPT_FIELDS = ("prompt", "caption")
-SUFFIXES = (".txt", ".jsonl")
+SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,8 @@ class Prompts:
         """
         weights: dict[str, float] = {}
         for text, weight in pairs:
-            if not np.isfinite(weight) or weight < 0:
-                raise TrainingError(
-                    f"{source}: weight {weight} of {text!r}; a weight is a finite number of at least 0"
-                )
+            if reason := _bad_weight(weight, text):
+                raise TrainingError(f"{source}: {reason}")
             weights[text] = weights.get(text, 0.0) + weight
         if not weights:
             raise TrainingError(f"{source}: holds no prompts; put at least one in it")
@@ -69,78 +64,97 @@ class Prompts:
         return digest.hexdigest()
 
 
-def read_prompts(path: Path) -> Prompts:
-    """Prompts from a `.txt` (one a line) or a `.jsonl` (objects with `prompt` or `caption`, and maybe `weight`).
+def read_prompts(paths: Path | Sequence[Path]) -> Prompts:
+    """Prompts of files, or of all lists in folders (in the order of their names); weights of equal texts add up.
+
+    `.txt`: one a line. `.jsonl`: objects with `prompt` or `caption`, and maybe `weight`. `.parquet`: such columns.
+    Empty lines are skipped, and spaces around a text are no part of it.
 
     Raises:
-        TrainingError: another kind of file, an unreadable one, or a line that is not as it should be.
+        TrainingError: another kind of file, an unreadable one, or a line or row that is not as it should be.
     """
+    given = [paths] if isinstance(paths, Path) else list(paths)
+    files = [file for path in given for file in _files(path)]
+    return Prompts.of((pair for file in files for pair in _read(file)), ", ".join(map(str, given)))
+
+
+def _files(path: Path) -> list[Path]:
+    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+    if not found:
+        raise TrainingError(f"{path} has no prompt lists in it; a list ends in {_or(SUFFIXES)}")
+    return found
+
+
+def _read(path: Path) -> Iterator[tuple[str, float]]:
     if path.suffix not in SUFFIXES:
-        raise TrainingError(f"{path} is no prompt list; a list ends in {' or '.join(SUFFIXES)}")
+        raise TrainingError(f"{path} is no prompt list; a list ends in {_or(SUFFIXES)}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        if path.suffix == ".parquet":
+            yield from _parquet_prompts(path)
+            return
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield (line.strip(), 1.0) if path.suffix == ".txt" else _json_prompt(path, number, line)
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"{path} cannot be read: {error}") from error
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix == ".txt":
-        return Prompts.of(((line, 1.0) for _, line in numbered), str(path))
-    return Prompts.of([_json_prompt(path, number, line) for number, line in numbered], str(path))
 
 
 def _json_prompt(path: Path, number: int, line: str) -> tuple[str, float]:
     try:
         record = json.loads(line)
         text = next(record[field] for field in PROMPT_FIELDS if field in record)
-        weight = float(record.get("weight", 1.0))
+        weight = record.get("weight", 1.0)
     except (ValueError, TypeError, AttributeError, StopIteration) as error:
         raise TrainingError(
-            f"{path}:{number}: expected an object with {' or '.join(map(repr, PROMPT_FIELDS))} and maybe a 'weight'"
+            f"{path}:{number}: expected an object with {_or(map(repr, PROMPT_FIELDS))} and maybe a 'weight'"
         ) from error
+    return _pair(f"{path}:{number}", text, weight)
+
+
+def _parquet_prompts(path: Path) -> Iterator[tuple[str, float]]:
+    """Row group by row group: a table may be larger than main memory."""
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            columns = [field for field in PROMPT_FIELDS if field in names][:1]
+            if not columns:
+                raise TrainingError(
+                    f"{path} has no column {_or(map(repr, PROMPT_FIELDS))}, but {', '.join(names[:8])}"
+                )
+            weighted = [*columns, *(["weight"] if "weight" in names else [])]
+            number = 0
+            for group in table.iter_batches(columns=weighted):
+                texts = group.column(columns[0]).to_pylist()
+                weights = group.column("weight").to_pylist() if "weight" in names else [1.0] * len(texts)
+                for text, weight in zip(texts, weights, strict=True):
+                    number += 1
+                    yield _pair(f"{path}, row {number}", text, weight)
+    except arrow.ArrowException as error:
+        raise TrainingError(f"{path} cannot be read: {error}") from error
+
+
+def _pair(place: str, text: Any, weight: Any) -> tuple[str, float]:
     if not isinstance(text, str):
-        raise TrainingError(f"{path}:{number}: the prompt is {type(text).__name__}, expected text")
-    return text, weight
+        raise TrainingError(f"{place}: the prompt is {type(text).__name__}, expected text")
+    if not text.strip():
+        raise TrainingError(f"{place}: the prompt is empty; leave it out")
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise TrainingError(f"{place}: weight {weight!r} of {text!r} is no number")
+    if reason := _bad_weight(weight, text):
+        raise TrainingError(f"{place}: {reason}")
+    return text.strip(), float(weight)
 
 
-@dataclass(frozen=True)
-class EmbeddingTable:
-    """Conditioning of every prompt, one row each, and that of the empty prompt."""
-
-    tensors: Conditioning
-    empty: Conditioning
-
-    def rows(self, indices: NDArray[np.int64], device: torch.device | None = None) -> Conditioning:
-        """Conditioning of prompts by index."""
-        chosen = torch.from_numpy(indices)
-        return {name: tensor[chosen].to(device) for name, tensor in self.tensors.items()}
-
-    def unconditional(self, count: int, device: torch.device | None = None) -> Conditioning:
-        """The empty prompt's conditioning, `count` times."""
-        return {name: value.to(device).expand(count, *value.shape[1:]) for name, value in self.empty.items()}
+def _bad_weight(weight: float, text: str) -> str:
+    if np.isfinite(weight) and weight >= 0:
+        return ""
+    return f"weight {weight} of {text!r}; a weight is a finite number of at least 0"
 
 
-def embed_prompts(
-    family: Family, texts: Sequence[str], dtype: torch.dtype, limit_gb: float = 8.0, batch: int = 64
-) -> EmbeddingTable:
-    """Embeddings of all `texts`, kept in `dtype` in main memory. Shows its progress.
-
-    Raises:
-        TrainingError: they would take more than `limit_gb`.
-    """
-    empty = _encode(family, [""], dtype)
-    each = sum(value.numel() * value.element_size() for value in empty.values())
-    if each * len(texts) > limit_gb * 1e9:
-        raise TrainingError(
-            f"embeddings of {len(texts)} prompts take {each * len(texts) / 1e9:.1f} GB, the limit is {limit_gb:g} GB; "
-            f"raise --max-embedding-gb, or give at most {int(limit_gb * 1e9 / each)} prompts"
-        )
-    tensors = {
-        name: torch.empty((len(texts), *value.shape[1:]), dtype=dtype) for name, value in empty.items()
-    }
-    for start in track(range(0, len(texts), batch), description="embedding prompts"):
-        for name, value in _encode(family, texts[start : start + batch], dtype).items():
-            tensors[name][start : start + batch] = value
-    return EmbeddingTable(tensors, empty)
-
-
-def _encode(family: Family, texts: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: value.to("cpu", dtype) for name, value in family.encode(texts).items()}
+def _or(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}"

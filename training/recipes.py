@@ -65,11 +65,12 @@ class TrainSettings(CommandSettings, MachineConfig):
     """What every distillation asks beside its constants."""
 
     teacher: Path = Field(description="the teacher: a local diffusers folder, or a hub id such as org/name")
-    prompts: Path = Field(
-        description="prompt list (.txt, one a line, or .jsonl with `prompt` and maybe `weight`)"
+    prompts: list[Path] = Field(
+        min_length=1, description="prompt lists (.txt, .jsonl, .parquet; `prompt` and maybe `weight`), or folders of them"
     )
     out: Path = Field(description="run folder; the student is written to OUT/student")
     save_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints")
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
     sample_every: int = Field(
         250, ge=0, description="steps between sample grids in OUT/samples; 0 draws none"
     )
@@ -80,7 +81,8 @@ class TrainSettings(CommandSettings, MachineConfig):
         "tensorboard",
         description="where curves and grids are sent as well: OUT/tensorboard, Weights & Biases",
     )
-    max_embedding_gb: float = Field(8.0, gt=0, description="most memory for prompt embeddings")
+    embeddings: Path = Field(Path("runs/embeddings"), description="cache of prompt embeddings, shared by runs")
+    max_embedding_gb: float = Field(1000.0, gt=0, description="most disk for prompt embeddings")
 
     def config(self) -> OptimConfig:
         """The part that decides what is learnt."""
@@ -142,18 +144,18 @@ def _settings(
     return created
 
 
-_EMOJI = "dataset folder, from `cdm-train emoji-data`, or a prompt list (.txt, .jsonl)"
+_EMOJI = "dataset folder, from `cdm-train emoji-data`, or prompt lists (.txt, .jsonl, .parquet)"
 SD3 = Path("stabilityai/stable-diffusion-3-medium-diffusers")
 SD35 = Path("stabilityai/stable-diffusion-3.5-medium")
 LONGCAT = Path("meituan-longcat/LongCat-Image")
 
 EmojiCDMSettings = _settings(
     DistilSettings, emoji_cdm, "CDM_EMOJI_CDM_",
-    {"prompts": Path("data/emoji"), "out": Path("runs/emoji-cdm")}, _EMOJI,
+    {"prompts": [Path("data/emoji")], "out": Path("runs/emoji-cdm")}, _EMOJI,
 )  # fmt: skip
 EmojiConsistencySettings = _settings(
     ConsistencySettings, emoji_consistency, "CDM_EMOJI_CONSISTENCY_",
-    {"prompts": Path("data/emoji"), "out": Path("runs/emoji-consistency")}, _EMOJI,
+    {"prompts": [Path("data/emoji")], "out": Path("runs/emoji-consistency")}, _EMOJI,
 )  # fmt: skip
 SD3CDMSettings = _settings(
     DistilSettings, sd3_cdm, "CDM_SD3_CDM_", {"teacher": SD3, "out": Path("runs/sd3-cdm")}
@@ -171,15 +173,15 @@ SD3ConsistencySettings = _settings(
 
 
 def train_emoji(settings: TrainSettings) -> int:
-    """Run a recipe on emoji captions."""
-    from training.prompts import read_prompts
-
-    listed = not settings.prompts.is_dir()
-    return _train(settings, (read_prompts if listed else emoji_prompts)(settings.prompts))
+    """Run a recipe on emoji captions, or on prompt lists."""
+    first = settings.prompts[0]
+    if len(settings.prompts) == 1 and first.is_dir() and not any(first.glob("*.txt")):
+        return _train(settings, emoji_prompts(first))
+    return train_listed(settings)
 
 
 def train_listed(settings: TrainSettings) -> int:
-    """Run a recipe on a prompt list."""
+    """Run a recipe on prompt lists."""
     from training.prompts import read_prompts
 
     return _train(settings, read_prompts(settings.prompts))

@@ -25,6 +25,7 @@ from training.lora import Adapters, Size, add_adapters
 from training.optim import MixedPrecision, adamw, cooled, warmup
 from training.parallel import Parallel, laid_out, whole
 from training.recompute import recompute_blocks
+from training.requirements import checkpoint_bytes
 
 
 class Network:
@@ -161,6 +162,12 @@ class Roles:
     @property
     def _shared(self) -> bool:
         return self.config.dtype == "float32"
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is."""
+        sizes = [sum(value.numel() for value in each.masters.values()) for each in self._trained().values()]
+        moments = 2 if self.config.optimizer == "adamw8bit" else 8
+        return checkpoint_bytes(sizes[0], sum(sizes), 1, moments) * (self.parallel.world if self.parallel.fsdp else 1)
 
     # what `training.run` saves
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,25 @@ from training.config import CDMConfig, ConsistencyConfig, OptimConfig
 from training.consistency import Consistency
 from training.cpu_kernels import keep_freed_memory
 from training.distill import Distillation, Method, distill
+from training.embedding_cache import EmbeddingCache
+from training.embeddings import EmbeddingTable, embed_prompts
 from training.environment import record_start
 from training.errors import TrainingError
 from training.grid import tile
 from training.lora import fold
 from training.means import Values
 from training.parallel import Parallel
-from training.prompts import EmbeddingTable, Prompts, embed_prompts
+from training.prompts import Prompts
 from training.recipes import RUNTIME_FIELDS, TrainSettings
 from training.report.write import write_report
+from training.requirements import (
+    Need,
+    require_components,
+    require_disk,
+    require_embeddings,
+    require_model,
+    require_prompts,
+)
 from training.roles import Computing, Roles
 from training.run import Run, config_sha256, numpy_generator
 from training.sampling import decode, sample
@@ -68,15 +79,28 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
     recorded = {**settings.model_dump(mode="json"), **config.model_dump(mode="json"), **identity}
     free = (*RUNTIME_FIELDS, *(() if config.cooldown else ("steps",)))
     run = Run(settings.out, recorded, config.steps, settings.save_minutes, free=free)
-    keep_teacher(teacher, hashes, kept)
-    family = _load(kept)
+    require_components(teacher)
+    require_prompts(prompts.texts, config.batch)
+    if parallel.main:
+        keep_teacher(teacher, hashes, kept)
+    parallel.barrier()
+    cache = EmbeddingCache.of(kept, getattr(torch, config.dtype), settings.embeddings)
+    # Text encoders are loaded by all processes or by none: each checks its own share of the cache.
+    absent = parallel.agree(bool(cache.missing(prompts.texts, parallel.rank, parallel.world)))
+    family = _load(kept, None if absent else ("transformer", "vae"))
     set_resolution(family, config.resolution)
-    table = embed_prompts(family, prompts.texts, getattr(torch, config.dtype), settings.max_embedding_gb)
+    require_model(family)
+    table = embed_prompts(
+        family, prompts.texts, cache, limit_gb=settings.max_embedding_gb,
+        rank=parallel.rank, world=parallel.world, barrier=parallel.barrier,
+    )  # fmt: skip
+    require_embeddings(family, table)
     drop_text_encoders(family)
     computing = Computing(
         family.fsdp_units, family.lora_targets, settings.gradient_checkpointing, settings.compile
     )
     roles = Roles(family.transformer, config, parallel, computing)
+    require_disk(settings.out, [Need("checkpoints", (settings.keep + 1) * roles.checkpoint_bytes())])
     work = _method(settings, config, family, roles, prompts, table)
 
     trackers: list[Trackers] = []
@@ -206,8 +230,8 @@ def _same_teacher(settings: TrainSettings, hashes: TeacherHashes) -> None:
         )
 
 
-def _load(folder: Path) -> Family:
+def _load(folder: Path, only: Collection[str] | None) -> Family:
     try:
-        return load_family(folder, torch.float32)
+        return load_family(folder, torch.float32, only)
     except FamilyError as error:
         raise TrainingError(f"--teacher: {error}") from error

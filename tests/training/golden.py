@@ -16,7 +16,8 @@ from engines.families.base import load_family
 from tests.folders import FOLDERS
 from training.config import CDMConfig
 from training.distill import Distillation
-from training.prompts import Prompts, embed_prompts
+from training.embeddings import embed_in_memory
+from training.prompts import Prompts
 from training.recipes import emoji_cdm, longcat_cdm, sd3_cdm, sd35_cdm
 from training.roles import Roles
 from training.variants import VARIANTS, changes
@@ -50,7 +51,7 @@ def first_losses(teacher: Path, config: CDMConfig) -> dict[str, list[float]]:
     torch.set_num_threads(1)
     family = load_family(teacher)
     prompts = Prompts.of([(text, 1.0) for text in TEXTS], "golden")
-    table = embed_prompts(family, prompts.texts, torch.float32)
+    table = embed_in_memory(family, prompts.texts, torch.float32)
     work = Distillation(family, small, Roles(family.transformer, small), prompts, table)
     losses: dict[str, list[float]] = {}
     for step in range(STEPS):

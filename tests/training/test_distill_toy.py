@@ -8,7 +8,8 @@ import torch
 from tests.training.toy_flow import PROMPTS, ToyFamily, sliced_wasserstein, true_samples
 from training.config import CDMConfig
 from training.distill import Distillation, distill
-from training.prompts import Prompts, embed_prompts
+from training.embeddings import embed_in_memory
+from training.prompts import Prompts
 from training.roles import Roles
 from training.run import Run
 from training.sampling import sample
@@ -34,7 +35,7 @@ def error(family: ToyFamily, net: torch.nn.Module, steps: int) -> float:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[ToyFamily, Roles]:
     family = ToyFamily()
     prompts = Prompts.of([(prompt, 1.0) for prompt in PROMPTS], "toy")
-    table = embed_prompts(family, prompts.texts, torch.float32)
+    table = embed_in_memory(family, prompts.texts, torch.float32)
     roles = Roles(family.transformer, CONFIG)
     run = Run(
         tmp_path_factory.mktemp("toy") / "run", CONFIG.model_dump(mode="json"), CONFIG.steps, save_minutes=60

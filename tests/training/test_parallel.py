@@ -6,66 +6,69 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.training.parallel_worker import Case
 from training.errors import TrainingError
 from training.parallel import Parallel
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(
-    folder: Path, out: Path, processes: int, mode: str = "ddp", micro_batch: int = 0, **changes: Any
-) -> Path:
+LORA = {"student_rank": 4, "fake_rank": 4, "student_alpha": 8.0, "fake_alpha": 8.0}
+ALONE = {"full": Case("full"), "lora": Case("lora", changes=LORA)}
+TOGETHER = {
+    "ddp": Case("ddp"),
+    "ddp in micro-batches": Case("ddp-micro", micro_batch=1),
+    "fsdp": Case("fsdp", "fsdp"),
+    "fsdp of LoRA": Case("fsdp-lora", "fsdp", changes=LORA),
+}
+
+
+def run(folder: Path, out: Path, processes: int, cases: Iterable[Case]) -> None:
     command = [sys.executable, "-W", "ignore"]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    worker = [ROOT / "tests/training/parallel_worker.py", folder, out, mode, micro_batch, json.dumps(changes)]
+    placed = [replace(case, out=str(out / case.out)).write() for case in cases]
     done = subprocess.run(
-        [*command, *map(str, worker)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
+        [*command, str(ROOT / "tests/training/parallel_worker.py"), str(folder), *placed],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=400,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return out
-
-
-def values(out: Path) -> list[dict[str, float]]:
-    read: list[dict[str, float]] = json.loads((out / "values.json").read_text())
-    return read
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tiny_model, tmp_path_factory.mktemp("alone") / "out", 1, steps=4)
+def results(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("parallel")
+    run(tiny_model, out, 1, ALONE.values())
+    run(tiny_model, out, 2, TOGETHER.values())
+    return out
 
 
 @pytest.mark.slow
-def test_lora_factors_are_sharded_as_well(tiny_model, tmp_path):
-    lora = {"steps": 4, "student_rank": 4, "fake_rank": 4, "student_alpha": 8.0, "fake_alpha": 8.0}
-    one, two = (run(tiny_model, tmp_path / str(processes), processes, "fsdp", **lora) for processes in (1, 2))
-    for alone, both in zip(values(one), values(two), strict=True):
-        assert both == pytest.approx(alone, rel=2e-3, abs=1e-5)
-    weights = load_file(two / "weights.safetensors")
-    assert all(".lora_" in name for name in weights)
-    assert any(value.any() for name, value in weights.items() if ".lora_B." in name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("mode", "micro_batch"), [("ddp", 0), ("ddp", 1), ("fsdp", 0)])
-def test_two_processes_learn_what_one_does(tiny_model, alone, tmp_path, mode, micro_batch):
-    both = run(tiny_model, tmp_path / "out", 2, mode, micro_batch, steps=4)
-    for one, two in zip(values(alone), values(both), strict=True):
-        assert two == pytest.approx(one, rel=2e-3, abs=1e-5)
-    wanted, got = (load_file(out / "weights.safetensors") for out in (alone, both))
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_learn_what_one_does(results, name):
+    case = TOGETHER[name]
+    one, two = results / ("lora" if case.changes else "full"), results / case.out
+    alone, both = (json.loads((out / "values.json").read_text()) for out in (one, two))
+    assert (alone["world"], both["world"]) == (1, 2)
+    for mine, theirs in zip(alone["values"], both["values"], strict=True):
+        assert theirs == pytest.approx(mine, rel=2e-3, abs=1e-5)
+    wanted, got = (load_file(out / "weights.safetensors") for out in (one, two))
     assert wanted.keys() == got.keys()
-    for name, value in wanted.items():
+    for key, value in wanted.items():
         # Adam's first steps are about lr·sign(g): where a gradient is nearly 0 its sign is rounding.
-        assert (got[name] - value).abs().mean() < 1e-5, name
+        assert (got[key] - value).abs().mean() < 1e-5, key
+    if case.changes:
+        assert all(".lora_" in key for key in got)
+        assert any(value.any() for key, value in got.items() if ".lora_B." in key)
 
 
 def test_samples_are_divided_without_gap_or_overlap():

@@ -1,16 +1,16 @@
-"""Laws of prompt lists and of their embeddings."""
+"""Laws of prompt lists."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import pyarrow as arrow
 import pytest
-import torch
+from pyarrow import parquet
 
-from engines.families.base import load_family
 from training.errors import TrainingError
-from training.prompts import Prompts, embed_prompts, read_prompts
+from training.prompts import Prompts, read_prompts
 from training.recipes import emoji_prompts
 
 
@@ -36,7 +36,7 @@ def test_json_lines_take_prompt_or_caption_and_a_weight(tmp_path):
     ("name", "text", "message"),
     [
         ("p.txt", "\n\n", "holds no prompts"),
-        ("p.csv", "a", r"ends in .txt or .jsonl"),
+        ("p.csv", "a", r"ends in \.txt, \.jsonl or \.parquet"),
         (
             "p.jsonl",
             '{"prompt": "a"}\n{"text": "b"}\n',
@@ -44,8 +44,11 @@ def test_json_lines_take_prompt_or_caption_and_a_weight(tmp_path):
         ),
         ("p.jsonl", "red apple\n", r"p.jsonl:1: expected an object"),
         ("p.jsonl", '["a"]\n', r"p.jsonl:1: expected an object"),
-        ("p.jsonl", '{"prompt": 3}\n', "the prompt is int, expected text"),
-        ("p.jsonl", '{"prompt": "a", "weight": -1}\n', "weight -1.0 of 'a'"),
+        ("p.jsonl", '{"prompt": 3}\n', "p.jsonl:1: the prompt is int, expected text"),
+        ("p.jsonl", '{"prompt": ""}\n', "p.jsonl:1: the prompt is empty"),
+        ("p.jsonl", '\n{"prompt": "a", "weight": -1}\n', "p.jsonl:2: weight -1 of 'a'"),
+        ("p.jsonl", '{"prompt": "a", "weight": NaN}\n', "p.jsonl:1: weight nan of 'a'"),
+        ("p.jsonl", '{"prompt": "a", "weight": "1"}\n', "p.jsonl:1: weight '1' of 'a' is no number"),
         ("p.jsonl", '{"prompt": "a", "weight": 0}\n', "every weight is 0"),
     ],
 )
@@ -71,21 +74,56 @@ def test_another_list_or_weighting_has_another_hash():
     assert Prompts.of(lists[0], "x").sha256() == Prompts.of(lists[0], "y").sha256()
 
 
-def test_the_table_holds_what_the_family_encodes(tiny_model):
-    family = load_family(tiny_model)
-    texts = [f"apple {number}" for number in range(5)]
-    table = embed_prompts(family, texts, torch.float32, batch=2)
-    expected, empty = family.encode(texts[3:]), family.encode([""])
-    for name, value in table.rows(np.array([3, 4])).items():
-        torch.testing.assert_close(value, expected[name])
-    for name, value in table.unconditional(3).items():
-        assert len(value) == 3
-        torch.testing.assert_close(value[2:], empty[name])
+def table(folder: Path, name: str, rows: int = 10**6, **columns: list[object]) -> Path:
+    parquet.write_table(arrow.table(columns), folder / name, row_group_size=rows)
+    return folder / name
 
 
-def test_embeddings_that_do_not_fit_are_refused_before_they_are_computed(tiny_model):
-    with pytest.raises(TrainingError, match=r"take .* GB, the limit is 1e-06 GB; raise --max-embedding-gb"):
-        embed_prompts(load_family(tiny_model), ["a", "b"], torch.float32, limit_gb=1e-6)
+def test_a_parquet_table_has_prompt_or_caption_and_maybe_weight(tmp_path):
+    both = table(tmp_path, "a.parquet", rows=2, caption=["a", "b ", "a"], weight=[1, 2, 1], url=["", "", ""])
+    assert read_prompts(both).texts == ("a", "b")
+    np.testing.assert_allclose(read_prompts(both).cumulative, [0.5, 1])
+    assert read_prompts(table(tmp_path, "b.parquet", prompt=["x", "y"])).texts == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": ["a"], "url": ["b"]}, r"t\.parquet has no column 'prompt' or 'caption', but text, url"),
+        ({"prompt": ["a", "b", None]}, r"t\.parquet, row 3: the prompt is NoneType, expected text"),
+        ({"prompt": ["a", "b", " "]}, r"t\.parquet, row 3: the prompt is empty"),
+        ({"prompt": ["a", "b"], "weight": [1.0, -2.0]}, r"t\.parquet, row 2: weight -2\.0 of 'b'"),
+        (
+            {"prompt": ["a", "b"], "weight": [1.0, None]},
+            r"t\.parquet, row 2: weight None of 'b' is no number",
+        ),
+        ({"prompt": arrow.array([], arrow.string())}, "holds no prompts"),
+    ],
+)
+def test_a_bad_table_is_refused_by_row_and_reason(tmp_path, columns, message):
+    with pytest.raises(TrainingError, match=message):
+        read_prompts(table(tmp_path, "t.parquet", rows=2, **columns))
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match=r"t\.parquet cannot be read"):
+        read_prompts(written(tmp_path, "t.parquet", "red apple"))
+
+
+def test_several_files_and_folders_are_one_list(tmp_path):
+    (tmp_path / "parts").mkdir()
+    table(tmp_path / "parts", "2.parquet", prompt=["c", "a"])
+    written(tmp_path / "parts", "1.txt", "b\n")
+    written(tmp_path / "parts", "readme.md", "no list")
+    first = written(tmp_path, "p.jsonl", '{"prompt": "a", "weight": 2}\n')
+    prompts = read_prompts([first, tmp_path / "parts"])
+    assert prompts.texts == ("a", "b", "c")
+    np.testing.assert_allclose(prompts.cumulative, [0.6, 0.8, 1])
+
+
+def test_a_folder_without_lists_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match="has no prompt lists in it"):
+        read_prompts(tmp_path)
 
 
 def test_emoji_prompts_are_captions_of_the_training_split_with_even_concepts(tiny_data):

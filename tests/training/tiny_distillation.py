@@ -12,7 +12,8 @@ from engines.families.base import load_family
 from training.config import CDMConfig
 from training.distill import ROLLOUT, STUDENT, Distillation, Part
 from training.draws import Draws
-from training.prompts import Prompts, embed_prompts
+from training.embeddings import embed_in_memory
+from training.prompts import Prompts
 from training.roles import Roles
 
 TEXTS = ("red apple", "green apple", "face with tears")
@@ -39,7 +40,7 @@ def tiny_distillation(
     config = tiny_config(**changes)
     family = load_family(folder)
     prompts = Prompts.of([(text, 1.0) for text in TEXTS], "test")
-    table = embed_prompts(family, prompts.texts, getattr(torch, config.dtype))
+    table = embed_in_memory(family, prompts.texts, getattr(torch, config.dtype))
     return Distillation(
         family, config, Roles(family.transformer, config), prompts, table, pass_batch, micro_batch
     )
