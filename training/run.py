@@ -150,7 +150,13 @@ class Run:
         failure: Exception | None = None
         try:
             checkpoint.save(
-                self.folder / "checkpoints", step, state.tensors(), state.counters(), self.keep, score, self.main
+                self.folder / "checkpoints",
+                step,
+                state.tensors(),
+                state.counters(),
+                self.keep,
+                score,
+                self.main,
             )
         except (TrainingError, OSError) as error:
             failure = error

@@ -29,17 +29,27 @@ class WatchdogConfig(BaseModel):
     watchdog: Literal["off", "warn", "stop"] = Field(
         "stop", description="what the watchdog may do: nothing, warn, or stop a run that fails"
     )
-    watchdog_reference: int = Field(50, ge=1, description="first observations of a signal that set its reference")
-    watchdog_smoothing: float = Field(0.95, ge=0, lt=1, description="decay of each signal's exponential average")
-    watchdog_patience: int = Field(50, ge=1, description="observations beyond a stop limit before stopping")
-    watchdog_std: float = Field(2.0, gt=1, description="stop: factor, up or down, of the latents' spread x0_std")
+    watchdog_reference: int = Field(
+        20, ge=1, description="first observations of a signal that set its reference"
+    )
+    watchdog_smoothing: float = Field(
+        0.95, ge=0, lt=1, description="decay of each signal's exponential average"
+    )
+    watchdog_patience: int = Field(30, ge=1, description="observations beyond a stop limit before stopping")
+    watchdog_std: float = Field(
+        2.0, gt=1, description="stop: factor, up or down, of the latents' spread x0_std"
+    )
     watchdog_mean: float = Field(1.0, gt=0, description="stop: shift of x0_mean in spreads of the reference")
     watchdog_fake: float = Field(6.0, gt=1, description="stop: factor of the fake teacher's loss")
     watchdog_ca: float = Field(10.0, gt=1, description="stop: factor of the CFG-augmentation loss")
     watchdog_distance: float = Field(8.0, gt=1, description="stop: factor of a mean distance to the teacher")
     watchdog_norm: float = Field(30.0, gt=1, description="stop: factor of a gradient norm")
-    watchdog_floored: float = Field(0.995, gt=0, le=1, description="warn: share of samples at the weight's floor")
-    watchdog_cosine: float = Field(0.7, gt=0, le=1, description="warn: CA and DM opposed, cosine below minus this")
+    watchdog_floored: float = Field(
+        0.995, gt=0, le=1, description="warn: share of samples at the weight's floor"
+    )
+    watchdog_cosine: float = Field(
+        0.7, gt=0, le=1, description="warn: CA and DM opposed, cosine below minus this"
+    )
     watchdog_warn: float = Field(0.5, gt=0, le=1, description="share of a stop limit's logarithm that warns")
 
 
@@ -113,7 +123,9 @@ class Watchdog:
             elif signal.warned and rule.excess < 0.9 * (self.config.watchdog_warn if rule.stops else 1):
                 signal.warned = False
                 warns.append(f"step {step}: {name} is {signal.smooth:.3g}, within its limits again")
-        level: Level = "stop" if stops and self.config.watchdog == "stop" else "warn" if stops or warns else "ok"
+        level: Level = (
+            "stop" if stops and self.config.watchdog == "stop" else "warn" if stops or warns else "ok"
+        )
         return Verdict(level, "; ".join(stops + warns))
 
     def counters(self) -> dict[str, Any]:
@@ -152,11 +164,16 @@ class Watchdog:
         factor = max(now, 1e-12) / max(reference, 1e-12)
         if name == "x0_std":
             what = "saturate" if factor > 1 else "collapse to one picture"
-            return self._growth(name, signal, max(factor, 1 / factor), config.watchdog_std, SPREAD.format(what=what))
+            return self._growth(
+                name, signal, max(factor, 1 / factor), config.watchdog_std, SPREAD.format(what=what)
+            )
         limit, advice = {
             "fake": (config.watchdog_fake, FAKE),
             "ca": (config.watchdog_ca, GROWTH),
-        }.get(name, (config.watchdog_norm, NORM) if name.endswith("_norm") else (config.watchdog_distance, GROWTH))
+        }.get(
+            name,
+            (config.watchdog_norm, NORM) if name.endswith("_norm") else (config.watchdog_distance, GROWTH),
+        )
         return self._growth(name, signal, factor, limit, advice)
 
     def _growth(self, name: str, signal: Signal, factor: float, limit: float, advice: str) -> Rule:
@@ -164,4 +181,6 @@ class Watchdog:
         return Rule(math.log(factor) / math.log(limit), text)
 
     def _absolute(self, name: str, value: float, limit: float, advice: str) -> Rule:
-        return Rule(value / limit, f"{name} is beyond its limit ({value:.3g} of {limit:g}): {advice}", stops=False)
+        return Rule(
+            value / limit, f"{name} is beyond its limit ({value:.3g} of {limit:g}): {advice}", stops=False
+        )
