@@ -159,7 +159,8 @@ class Watchdog:
             spread = self.signals["x0_std"].reference if "x0_std" in self.signals else 1.0
             shift = abs(now - reference) / max(spread, 1e-12)
             advice = SPREAD.format(what="drift")
-            text = f"{name} is {now:.3g}, {shift:.2g} spreads from {reference:.3g} (limit {config.watchdog_mean:g}): {advice}"
+            text = f"{name} is {now:.3g}, {shift:.2g} spreads from {reference:.3g} "
+            text += f"(limit {config.watchdog_mean:g}): {advice}"
             return Rule(shift / config.watchdog_mean, text)
         factor = max(now, 1e-12) / max(reference, 1e-12)
         if name == "x0_std":
@@ -177,7 +178,8 @@ class Watchdog:
         return self._growth(name, signal, factor, limit, advice)
 
     def _growth(self, name: str, signal: Signal, factor: float, limit: float, advice: str) -> Rule:
-        text = f"{name} is {signal.smooth:.3g} against {signal.reference:.3g} at first, {factor:.2g}× (limit {limit:g}×): {advice}"
+        text = f"{name} is {signal.smooth:.3g} against {signal.reference:.3g} at first, {factor:.2g}× "
+        text += f"(limit {limit:g}×): {advice}"
         return Rule(math.log(factor) / math.log(limit), text)
 
     def _absolute(self, name: str, value: float, limit: float, advice: str) -> Rule:
