@@ -15,8 +15,9 @@ import hashlib
 import json
 import math
 import signal
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -80,8 +81,15 @@ class Run:
         total: int,
         save_minutes: float = 5.0,
         free: tuple[str, ...] = (),
+        keep: int = 2,
+        main: bool = True,
+        agree: Callable[[bool], bool] = lambda decision: decision,
+        barrier: Callable[[], None] = lambda: None,
     ) -> None:
         """`free` names settings that a resumed run may change (how long to train, how often to save).
+
+        `keep`: checkpoints beside the best. With several processes only `main` writes, `agree` tells all whether any
+        of them says so, and `barrier` waits for all.
 
         A hash (`…_sha256`) that `config.json` lacks was not recorded then, and binds from now on.
 
@@ -91,6 +99,8 @@ class Run:
         self.folder = folder
         self.total = total
         self.save_seconds = save_minutes * 60
+        self.keep, self.main, self.agree, self.barrier = keep, main, agree, barrier
+        self._saved_step = -1
         self._stopped_by: int | None = None
         self._running: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,21 +122,50 @@ class Run:
                     + ", ".join(f"{key}={config[key]!r} (there: {before.get(key)!r})" for key in changed)
                     + "; use these again, or another --out"
                 )
-        write_text_atomically(path, json.dumps(config, indent=2) + "\n")
+        barrier()  # all have read the old file
+        if main:
+            write_text_atomically(path, json.dumps(config, indent=2) + "\n")
+        barrier()
 
     def resume(self, state: State) -> int:
         """Restore the newest checkpoint into `state`; the step to go on with."""
-        saved = checkpoint.latest(self.folder / "checkpoints")
+        saved = checkpoint.latest(self.folder / "checkpoints", self._tell)
         step = 0
         if saved is not None:
             state.restore(saved)
             step = saved.step
-        self._cut_log(step)
+        self._saved_step = step
+        if self.main:
+            self._cut_log(step)
+        self.barrier()
         return step
 
-    def save(self, step: int, state: State) -> None:
-        """Write a checkpoint that resumes at `step`."""
-        checkpoint.save(self.folder / "checkpoints", step, state.tensors(), state.counters())
+    def save(self, step: int, state: State, score: checkpoint.Score | None = None) -> None:
+        """Write a checkpoint that resumes at `step`; the one with the best score is never rotated away.
+
+        Raises:
+            Diverged: a tensor is not finite.
+            TrainingError: the disk is full; in every process, if in one.
+        """
+        failure: Exception | None = None
+        try:
+            checkpoint.save(
+                self.folder / "checkpoints",
+                step,
+                state.tensors(),
+                state.counters(),
+                self.keep,
+                score,
+                self.main,
+            )
+        except (TrainingError, OSError) as error:
+            failure = error
+        failed = self.agree(failure is not None)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise TrainingError(f"another process could not save the checkpoint of step {step}; it says why")
+        self._saved_step = step
 
     def steps(self, start: int, state: State) -> Iterator[int]:
         """Yield `start … total − 1`; save every `save_minutes`, at the end, and on SIGTERM or Ctrl-C, then stop.
@@ -135,23 +174,26 @@ class Run:
             SystemExit: stopped by a signal: 128 + its number, as shells count (130 for Ctrl-C, 143 for SIGTERM).
         """
         previous = {sig: signal.signal(sig, self._on_signal) for sig in (signal.SIGTERM, signal.SIGINT)}
-        saved_at, saved_step = time.monotonic(), start
+        saved_at = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                    TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
         try:
-            with Progress(*columns, refresh_per_second=1) as bar:
+            with Progress(*columns, refresh_per_second=1, disable=not self.main) as bar:
                 task = bar.add_task(self.folder.name, total=self.total, completed=start, note="")
                 for step in range(start, self.total):
                     yield step
                     note = " ".join(f"{key} {value:.4g}" for key, value in self._running.items())
                     bar.update(task, completed=step + 1, note=note)
-                    if self._stopped_by or time.monotonic() - saved_at > self.save_seconds:
+                    # The first process's clock decides, and a signal to any stops all.
+                    due = self.main and time.monotonic() - saved_at > self.save_seconds
+                    stop = self.agree(self._stopped_by is not None)
+                    if (self.agree(due) or stop) and self._saved_step != step + 1:
                         self.save(step + 1, state)
-                        saved_at, saved_step = time.monotonic(), step + 1
-                    if self._stopped_by:
+                        saved_at = time.monotonic()
+                    if stop:
                         bar.console.print(f"stopped at step {step + 1}; the same command goes on from there")
-                        raise SystemExit(128 + self._stopped_by)
-            if saved_step < self.total:
+                        raise SystemExit(128 + (self._stopped_by or signal.SIGTERM))
+            if start < self.total and self._saved_step != self.total:
                 self.save(self.total, state)
         finally:
             for sig, handler in previous.items():
@@ -175,8 +217,14 @@ class Run:
 
     def record(self, step: int, **values: Any) -> None:
         """Append one line to `log.jsonl`."""
+        if not self.main:
+            return
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n")
+
+    def _tell(self, sentence: str) -> None:
+        if self.main:
+            print(sentence, file=sys.stderr)
 
     def _cut_log(self, step: int) -> None:
         """Forget log lines of steps that will be run again, and a line that a killed run left half written."""

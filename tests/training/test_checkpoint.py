@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from training import checkpoint
 from training.errors import Diverged, TrainingError
@@ -36,16 +40,78 @@ def test_a_half_written_checkpoint_is_never_resumed_and_is_swept_away(tmp_path):
     assert not list(tmp_path.glob(".partial-*"))
 
 
-def test_a_save_that_fails_leaves_the_previous_one(tmp_path, monkeypatch):
+def test_a_full_disk_is_told_and_leaves_the_previous_one(tmp_path):
+    """On a real file system of 256 KiB, where mounting is allowed."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", tmp_path], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        checkpoint.save(tmp_path, 5, weights(5), {})
+        with pytest.raises(TrainingError, match="no space for the checkpoint of step 6"):
+            checkpoint.save(tmp_path, 6, {"model": {"a": torch.zeros(1 << 17)}}, {})
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+        assert checkpoint.latest(tmp_path).step == 5
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_in_either_of_its_guises_removes_the_partial(tmp_path, monkeypatch, error):
     checkpoint.save(tmp_path, 5, weights(5), {})
 
     def full_disk(*args: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(TrainingError, match="no space for the checkpoint of step 6"):
         checkpoint.save(tmp_path, 6, weights(6), {})
-    assert checkpoint.latest(tmp_path).step == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: truncate(path / "model.safetensors"), "bytes of"),
+        (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda path: truncate(path / "meta.json"), "meta.json is unreadable"),
+        (lambda path: (path / "meta.json").write_text("[]"), "meta.json is unreadable"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_once_and_the_next_older_is_used(tmp_path, damage, said):
+    for step in (5, 6):
+        checkpoint.save(tmp_path, step, weights(step), {})
+    damage(tmp_path / "step-00000006")
+    told: list[str] = []
+    assert checkpoint.latest(tmp_path, told.append).step == 5
+    assert len(told) == 1
+    assert said in told[0]
+    checkpoint.save(tmp_path, 7, weights(7), {})
+    assert checkpoint.latest(tmp_path).step == 7
+    assert (tmp_path / "step-00000005").is_dir()  # the damaged one went in its stead
+
+
+@pytest.mark.parametrize(("lower", "step"), [(True, 2), (False, 3)])
+def test_the_best_is_never_rotated_away_until_a_better_one_exists(tmp_path, lower, step):
+    for at, value in enumerate((5.0, 3.0, 9.0, 4.0, 4.0, 4.0), start=1):
+        checkpoint.save(tmp_path, at, weights(at), {}, 1, checkpoint.Score(value, lower))
+    assert checkpoint.best(tmp_path).step == step
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-{step:08d}", "step-00000006"]
+    better = checkpoint.Score(1.0 if lower else 10.0, lower)
+    checkpoint.save(tmp_path, 7, weights(7), {}, 1, better)
+    assert checkpoint.best(tmp_path).score == better
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -90,3 +156,19 @@ def test_an_optimizer_of_other_parameters_is_refused():
     small = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(TrainingError, match="optimizer state for 2 parameters, this model has 1"):
         checkpoint.load_optimizer(small, checkpoint.optimizer_tensors(optimizer))
+
+
+def test_optimizer_state_is_named_and_finds_its_parameter_in_another_order():
+    net, optimizer = trained(0)
+    tensors = checkpoint.optimizer_tensors(optimizer, dict(net.named_parameters()))
+    assert {"weight.exp_avg", "bias.exp_avg_sq", "bias.step"} <= tensors.keys()
+    turned = dict(reversed(list(net.named_parameters())))
+    other = torch.optim.AdamW(turned.values(), lr=0.1)
+    checkpoint.load_optimizer(other, tensors, turned)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(other.state[net.weight][key], optimizer.state[net.weight][key])
+
+
+def test_a_process_that_is_not_the_first_writes_nothing(tmp_path):
+    checkpoint.save(tmp_path, 5, weights(5), {}, main=False)
+    assert list(tmp_path.iterdir()) == []
