@@ -25,8 +25,9 @@ from engines.families.base import load_family
 from training.config import CDMConfig, MachineConfig
 from training.cpu_kernels import cpu_kernels
 from training.distill import Distillation
-from training.prompts import Prompts, embed_prompts
-from training.roles import Roles
+from training.embeddings import embed_in_memory
+from training.prompts import Prompts
+from training.roles import Computing, Roles
 
 PHASES = {"rollout": "rollout", "fake step": "fake_step", "student step": "student_step"}
 """What a row calls a phase → the method of `Distillation` that is one."""
@@ -39,7 +40,7 @@ def main(argument: str) -> int:
     torch.set_num_threads(1)
     family = load_family(Path(asked["folder"]), torch.float32)
     prompts = Prompts.of([(f"prompt {number}", 1.0) for number in range(8)], "benchmark")
-    table = embed_prompts(family, prompts.texts, getattr(torch, config.dtype))
+    table = embed_in_memory(family, prompts.texts, getattr(torch, config.dtype))
     for module in family.text_modules().values():
         module.to("meta")
 
@@ -47,10 +48,8 @@ def main(argument: str) -> int:
 
     def build() -> Distillation:
         family.transformer = copy.deepcopy(loaded)  # within the measurement
-        roles = Roles(family.transformer, config)
-        if machine.gradient_checkpointing:
-            for net in (roles.student.net, roles.fake.net):
-                net.enable_gradient_checkpointing()  # type: ignore[operator]
+        computing = Computing(gradient_checkpointing=machine.gradient_checkpointing)
+        roles = Roles(family.transformer, config, computing=computing)
         return Distillation(family, config, roles, prompts, table, machine.pass_batch, machine.micro_batch)
 
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here

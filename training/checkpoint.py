@@ -66,7 +66,7 @@ def gather(tensor: Tensor, keep: bool = True) -> Tensor | None:
     value = whole(tensor.detach())
     if not bool(torch.isfinite(value).all()):
         raise Diverged("not finite")
-    return value.cpu().contiguous().clone() if keep else None
+    return value.cpu().contiguous() if keep else None
 
 
 def place(value: Tensor, parameter: Tensor) -> Tensor:
@@ -134,12 +134,22 @@ def save(
 
 
 def latest(folder: Path, tell: Callable[[str], None] = lambda sentence: None) -> Checkpoint | None:
-    """The newest whole checkpoint under `folder`, if any; `tell` hears one sentence for each damaged newer one."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    """The newest whole checkpoint under `folder`, if any; `tell` hears one sentence for each damaged newer one.
+
+    Raises:
+        TrainingError: there are checkpoints, and all are damaged.
+    """
+    found = sorted(folder.glob("step-*"), reverse=True)
+    for path in found:
         read = _read(path)
         if isinstance(read, Checkpoint):
             return read
-        tell(f"checkpoint {path} is damaged ({read}); the next older whole one is used")
+        tell(f"checkpoint {path} is damaged ({read})")
+    if found:
+        raise TrainingError(
+            f"every checkpoint in {folder} is damaged ({found[0].name}: {_read(found[0])}); put a whole one back, or "
+            "begin anew with another --out"
+        )
     return None
 
 
@@ -185,10 +195,11 @@ def _read(path: Path) -> Checkpoint | str:
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         found = Checkpoint(path, int(meta["step"]), meta)
-        for name, size in meta["files"].items():
+        sizes: dict[str, int] = meta.get("files", {})
+        for name in sizes or [file.name for file in path.glob("*.safetensors")]:
             present = (path / name).stat().st_size
-            if present != size:
-                return f"{name} has {present} bytes of {size}"
+            if present != sizes.get(name, present):
+                return f"{name} has {present} bytes of {sizes[name]}"
             with safe_open(path / name, framework="pt"):
                 pass
     except FileNotFoundError as error:

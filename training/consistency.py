@@ -33,10 +33,11 @@ from training.config import ConsistencyConfig
 from training.cpu_kernels import torch_kernels
 from training.distill import PROMPTS, ROLLOUT, SCHEDULE, STUDENT
 from training.draws import Draws, generator
+from training.embeddings import EmbeddingTable
 from training.errors import TrainingError
 from training.losses import Info, euler_step, per_sample, predict_x0
 from training.means import Means, Values
-from training.prompts import EmbeddingTable, Prompts
+from training.prompts import Prompts
 from training.roles import Roles
 from training.rollout import rollout
 from training.run import numpy_generator

@@ -6,15 +6,15 @@ process. Ablations and the baselines without a loop of their own (decoupled DMD,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from engines.families.base import Conditioning, Family
-from training import losses
+from training import checkpoint, losses
 from training.config import CDMConfig
 from training.cpu_kernels import cpu_kernels
 from training.draws import Draws, generator
@@ -24,6 +24,7 @@ from training.prompts import Prompts
 from training.roles import Network, Roles
 from training.rollout import Rollout, draw_schedule, rollout
 from training.run import Run, numpy_generator
+from training.watchdog import Watchdog, WatchdogConfig
 
 PROMPTS, SCHEDULE, ROLLOUT, FAKE, STUDENT = range(5)
 """Streams of randomness within one iteration: turning one part off leaves the others' draws alone."""
@@ -258,9 +259,30 @@ class Distillation:
         return Draws(self.config.seed, step, stream, rows, self.device)
 
 
+class Watched:
+    """What a checkpoint holds of a run: its networks, and the watchdog's memory."""
+
+    def __init__(self, roles: Roles, watchdog: Watchdog) -> None:
+        self.roles, self.watchdog = roles, watchdog
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The roles'."""
+        return self.roles.tensors()
+
+    def counters(self) -> Mapping[str, Any]:
+        """The roles', and the watchdog's."""
+        return {**self.roles.counters(), "watchdog": self.watchdog.counters()}
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Put all back."""
+        self.roles.restore(saved)
+        self.watchdog.restore(saved.meta.get("watchdog", {}))
+
+
 def distill(
     work: Method,
     run: Run,
+    watchdog: Watchdog | None = None,
     start: Callable[[int], None] = lambda step: None,
     after: Callable[[int, Values], None] = lambda done, values: None,
 ) -> int:
@@ -271,12 +293,20 @@ def distill(
 
     Raises:
         Diverged: a loss or gradient is not finite; the step is in no checkpoint.
+        Collapsed: the watchdog stopped the run; older checkpoints are kept.
     """
-    first = run.resume(work.roles)
+    watchdog = watchdog or Watchdog(WatchdogConfig(watchdog="off"))
+    state = Watched(work.roles, watchdog)
+    first = run.resume(state)
     start(first)
     with cpu_kernels():
-        for step in run.steps(first, work.roles):
+        for step in run.steps(first, state):
             values = work.iterate(step)
             run.log(step, every=1, **values)
+            verdict = watchdog.observe(step, values)
+            if verdict.level != "ok":
+                run.tell(step, verdict.level, verdict.diagnosis)
+            if verdict.level == "stop":
+                raise run.collapsed(verdict.diagnosis)
             after(step + 1, values)
     return max(first, run.total)

@@ -19,6 +19,7 @@ from training.config import CDMConfig, ConsistencyConfig, MachineConfig, OptimCo
 from training.errors import TrainingError
 from training.trackers import Kind
 from training.variants import Variant, changes
+from training.watchdog import WatchdogConfig
 
 if TYPE_CHECKING:
     from training.prompts import Prompts
@@ -61,12 +62,13 @@ def sd3_consistency() -> ConsistencyConfig:
     return ConsistencyConfig()
 
 
-class TrainSettings(CommandSettings, MachineConfig):
+class TrainSettings(CommandSettings, MachineConfig, WatchdogConfig):  # type: ignore[misc]  # model_configs are merged
     """What every distillation asks beside its constants."""
 
     teacher: Path = Field(description="the teacher: a local diffusers folder, or a hub id such as org/name")
     prompts: list[Path] = Field(
-        min_length=1, description="prompt lists (.txt, .jsonl, .parquet; `prompt` and maybe `weight`), or folders of them"
+        min_length=1,
+        description="prompt lists (.txt, .jsonl, .parquet; `prompt` and maybe `weight`), or folders of them",
     )
     out: Path = Field(description="run folder; the student is written to OUT/student")
     save_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints")
@@ -81,12 +83,18 @@ class TrainSettings(CommandSettings, MachineConfig):
         "tensorboard",
         description="where curves and grids are sent as well: OUT/tensorboard, Weights & Biases",
     )
-    embeddings: Path = Field(Path("runs/embeddings"), description="cache of prompt embeddings, shared by runs")
+    embeddings: Path = Field(
+        Path("runs/embeddings"), description="cache of prompt embeddings, shared by runs"
+    )
     max_embedding_gb: float = Field(1000.0, gt=0, description="most disk for prompt embeddings")
 
     def config(self) -> OptimConfig:
         """The part that decides what is learnt."""
         raise NotImplementedError
+
+    def watchdog_config(self) -> WatchdogConfig:
+        """What the watchdog may do, and when."""
+        return WatchdogConfig(**{name: getattr(self, name) for name in WatchdogConfig.model_fields})
 
     def recipe(self) -> str:
         """What provenance calls it: `emoji_cdm` of the prefix `CDM_EMOJI_CDM_`."""

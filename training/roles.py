@@ -167,7 +167,9 @@ class Roles:
         """About how large a checkpoint is."""
         sizes = [sum(value.numel() for value in each.masters.values()) for each in self._trained().values()]
         moments = 2 if self.config.optimizer == "adamw8bit" else 8
-        return checkpoint_bytes(sizes[0], sum(sizes), 1, moments) * (self.parallel.world if self.parallel.fsdp else 1)
+        return checkpoint_bytes(sizes[0], sum(sizes), 1, moments) * (
+            self.parallel.world if self.parallel.fsdp else 1
+        )
 
     # what `training.run` saves
 
@@ -179,7 +181,7 @@ class Roles:
         }
         for name, trained in self._trained().items():
             groups[name] = laid_out(trained.masters, trained.mixed.trained)
-            groups[f"{name}_adamw"] = checkpoint.optimizer_tensors(trained.optimizer)
+            groups[f"{name}_adamw"] = checkpoint.optimizer_tensors(trained.optimizer, trained.mixed.trained)
         return groups
 
     def counters(self) -> Mapping[str, Any]:
@@ -196,7 +198,17 @@ class Roles:
         for name, trained in self._trained().items():
             if f"{name}_updates" not in saved.meta:
                 raise TrainingError(f"{saved.path} holds no {name}; it is another method's checkpoint")
-            trained.mixed.load(saved.tensors(name))
-            checkpoint.load_optimizer(trained.optimizer, saved.tensors(f"{name}_adamw"))
+            parameters = trained.mixed.trained
+            trained.mixed.load(_placed(saved.tensors(name), parameters))
+            checkpoint.load_optimizer(trained.optimizer, saved.tensors(f"{name}_adamw"), parameters)
             trained.updates = saved.meta[f"{name}_updates"]
-        self.ema.load(saved.tensors("student_ema"), saved.meta["ema_updates"])
+        average = _placed(saved.tensors("student_ema"), self.student.mixed.trained)
+        self.ema.load(average, saved.meta["ema_updates"])
+
+
+def _placed(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This process's shards; names of another model are left for whoever loads them to refuse."""
+    return {
+        name: checkpoint.place(value, parameters[name]) if name in parameters else value
+        for name, value in tensors.items()
+    }

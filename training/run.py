@@ -36,7 +36,7 @@ from torch import Tensor
 
 from engines.files import write_text_atomically
 from training import checkpoint
-from training.errors import Diverged, TrainingError
+from training.errors import Collapsed, Diverged, TrainingError
 
 LOG = "log.jsonl"
 CONFIG = "config.json"
@@ -221,6 +221,21 @@ class Run:
             return
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n")
+
+    def tell(self, step: int, level: str, diagnosis: str) -> None:
+        """Say what the watchdog found, and log it as an event of `step`."""
+        self.record(step, event="stop" if level == "stop" else "warning", text=diagnosis)
+        self._tell(diagnosis)
+
+    def collapsed(self, diagnosis: str) -> Collapsed:
+        """What ends a run that the watchdog stops: the diagnosis, and which checkpoint is left to go on from."""
+        folder = self.folder / "checkpoints"
+        left = (checkpoint.best(folder) or checkpoint.latest(folder)) if folder.is_dir() else None
+        kept = f"checkpoint {left.path.name} is kept" if left else "there is no checkpoint yet"
+        return Collapsed(
+            f"{diagnosis}; the run is stopped and {kept}; begin anew with other settings and another --out, or let it "
+            "go on with --watchdog warn"
+        )
 
     def _tell(self, sentence: str) -> None:
         if self.main:

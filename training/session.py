@@ -49,6 +49,7 @@ from training.student_folder import (
     write_student,
 )
 from training.trackers import Trackers
+from training.watchdog import Watchdog
 
 GRID_PROMPTS = 8
 GRID_STEPS = (1, 2, 4)
@@ -78,7 +79,10 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
     _same_teacher(settings, hashes)
     recorded = {**settings.model_dump(mode="json"), **config.model_dump(mode="json"), **identity}
     free = (*RUNTIME_FIELDS, *(() if config.cooldown else ("steps",)))
-    run = Run(settings.out, recorded, config.steps, settings.save_minutes, free=free)
+    run = Run(
+        settings.out, recorded, config.steps, settings.save_minutes, free, settings.keep,
+        parallel.main, parallel.agree, parallel.barrier,
+    )  # fmt: skip
     require_components(teacher)
     require_prompts(prompts.texts, config.batch)
     if parallel.main:
@@ -139,7 +143,7 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
             export(done)
 
     try:
-        done = distill(work, run, start, after)
+        done = distill(work, run, Watchdog(settings.watchdog_config()), start, after)
     finally:
         for each in trackers:
             each.close()

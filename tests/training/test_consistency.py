@@ -17,9 +17,10 @@ from training.consistency import Consistency, consistency_loss, sample_renoise, 
 from training.cpu_kernels import cpu_kernels
 from training.distill import ROLLOUT, distill
 from training.draws import Draws
+from training.embeddings import embed_in_memory
 from training.errors import TrainingError
 from training.parallel import Parallel
-from training.prompts import Prompts, embed_prompts
+from training.prompts import Prompts
 from training.roles import Roles
 from training.run import Run
 from training.sampling import sample
@@ -34,7 +35,7 @@ def toy_work(**changes: Any) -> Consistency:
     config = CONFIG.model_copy(update=changes)
     family = ToyFamily()
     prompts = Prompts.of([(prompt, 1.0) for prompt in PROMPTS], "toy")
-    table = embed_prompts(family, prompts.texts, torch.float32)
+    table = embed_in_memory(family, prompts.texts, torch.float32)
     return Consistency(family, config, Roles(family.transformer, config), prompts, table)
 
 
@@ -50,7 +51,7 @@ def model_work(folder: Path, micro_batch: int = 0, pass_batch: int = 128, **chan
     config = ConsistencyConfig(**{**small, **changes})
     family = load_family(folder)
     prompts = Prompts.of([("red apple", 1.0), ("apple", 1.0)], "test")
-    table = embed_prompts(family, prompts.texts, getattr(torch, config.dtype))
+    table = embed_in_memory(family, prompts.texts, getattr(torch, config.dtype))
     roles = Roles(family.transformer, config)
     return Consistency(family, config, roles, prompts, table, pass_batch, micro_batch)
 
@@ -202,13 +203,15 @@ def test_micro_batches_and_small_passes_learn_what_the_whole_batch_would(tiny_mo
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_model, tmp_path):
     def run(folder: str, work: Consistency, most: int = 4) -> Consistency:
-        def stop(done: int) -> None:
+        def stop(done: int, values: dict[str, float]) -> None:
             if done == most:
                 raise KeyboardInterrupt
 
         config = work.config.model_dump(mode="json")
         distill(
-            work, Run(tmp_path / folder, config, 4, save_minutes=0), stop if most < 4 else lambda done: None
+            work,
+            Run(tmp_path / folder, config, 4, save_minutes=0),
+            after=stop if most < 4 else lambda done, values: None,
         )
         return work
 

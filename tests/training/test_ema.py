@@ -54,7 +54,7 @@ def test_a_loaded_average_goes_on_where_it_was():
 @pytest.mark.parametrize("saved", [{"weight": (2, 3)}, {"weight": (2, 3), "bias": (2,), "more": (1,)}])
 def test_tensors_of_another_model_are_refused_and_change_nothing(saved):
     model = torch.nn.Linear(3, 2)
-    mixed = MixedPrecision(model, torch.bfloat16)
+    mixed = MixedPrecision.of(model, torch.bfloat16)
     ema = EMA(mixed.masters, 0.9)
     before = mixed.masters["weight"].clone()
     other = {name: torch.full(shape, 7.0) for name, shape in saved.items()}

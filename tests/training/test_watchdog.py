@@ -11,7 +11,8 @@ import torch
 from tests.training.toy_flow import PROMPTS, ToyFamily
 from training.config import CDMConfig
 from training.distill import Distillation
-from training.prompts import Prompts, embed_prompts
+from training.embeddings import embed_in_memory
+from training.prompts import Prompts
 from training.roles import Roles
 from training.watchdog import Verdict, Watchdog, WatchdogConfig
 
@@ -25,7 +26,7 @@ def toy_log(**changes: float) -> list[dict[str, float]]:
     config = CDMConfig(**{**HEALTHY, **changes})
     family = ToyFamily()
     prompts = Prompts.of([(prompt, 1.0) for prompt in PROMPTS], "toy")
-    table = embed_prompts(family, prompts.texts, torch.float32)
+    table = embed_in_memory(family, prompts.texts, torch.float32)
     work = Distillation(family, config, Roles(family.transformer, config), prompts, table)
     return [dict(work.iterate(step)) for step in range(config.steps)]
 

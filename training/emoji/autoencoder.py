@@ -189,7 +189,7 @@ def train(settings: AutoencoderSettings) -> int:
     # colour axes from the first steps, which the decoder alone was seen not to ask for.
     colours = torch.nn.Conv2d(LATENT_CHANNELS, 3, 1)
     whole = torch.nn.ModuleDict({"autoencoder": model, "colours": colours})
-    mixed = MixedPrecision(whole, torch.bfloat16)
+    mixed = MixedPrecision.of(whole, torch.bfloat16)
     optimizer = torch.optim.AdamW(mixed.parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.01)
     ema = EMA(mixed.masters, 0.998)
     state = _State(optimizer, mixed, ema)

@@ -77,7 +77,7 @@ class Teacher:
         self.modules = torch.nn.ModuleDict({"transformer": family.transformer, **family.text_modules()})
         self.modules.requires_grad_(True)
         # CLIP's last layer feeds only the pooled vector; positions of the image are a fixed table.
-        self.mixed = MixedPrecision(self.modules, torch.bfloat16)
+        self.mixed = MixedPrecision.of(self.modules, torch.bfloat16)
         muon, rest = split_muon(self.mixed.masters.items(), ("attn", "ff.", "ff_context", "mlp"))
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(muon, lr=settings.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
