@@ -12,7 +12,7 @@ from training.config import CDMConfig
 from training.recipes import EmojiCDMSettings, LongCatCDMSettings, SD3CDMSettings, emoji_cdm, longcat_cdm
 from training.variants import PARITY_SHIFT, VARIANTS, Variant, changes
 
-TEACHER = {"teacher": "t", "prompts": "p.txt"}
+TEACHER = {"teacher": "t", "prompts": ["p.txt"]}
 
 
 def test_every_variant_is_known_and_makes_a_config():
