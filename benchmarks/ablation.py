@@ -88,6 +88,8 @@ def run(settings: AblationSettings) -> int:
                 _distil(row, seed, folder, settings)
     found = {row: _measured(row, settings) for row in rows}
     lines = [_summary(row, results) for row, results in found.items() if results]
+    if renoised := [each for each in found.get("consistency", []) if "4, re-noised" in each]:
+        lines.append(_summary("consistency", renoised, "4, re-noised"))
     ladder = [line for row in settings.ladder for line in _ladder(row, found.get(row, []))]
     print(table([_shown(line) for line in ladder]) + "\n")
     show(
@@ -130,6 +132,9 @@ def _measure(row: str, folder: Path, settings: AblationSettings) -> None:
         measured = {
             name: measure(scorer, family, sigmas, evaluate, bar) for name, sigmas in schedules.items()
         }
+        if ROWS[row] == "consistency":  # whose own sampler it is
+            again = evaluate.model_copy(update={"sampler": "renoise"})
+            measured["4, re-noised"] = measure(scorer, family, family.sigmas(4), again, bar)
     write_text_atomically(folder / "quality.json", json.dumps(measured, indent=2, ensure_ascii=False) + "\n")
 
 

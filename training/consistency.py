@@ -21,7 +21,6 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -41,7 +40,6 @@ from training.prompts import Prompts
 from training.roles import Roles
 from training.rollout import rollout
 from training.run import numpy_generator
-from training.sampling import starting_noise
 
 AT_ANCHOR = 0.25
 """Share of samples trained at their anchor itself, so that σ = 1, where sampling starts, comes up often."""
@@ -219,23 +217,3 @@ class Consistency:
 
     def _draws(self, step: int, stream: int, rows: Sequence[int]) -> Draws:
         return Draws(self.config.seed, step, stream, rows, self.device)
-
-
-@torch.no_grad()
-def sample_renoise(
-    family: Family, conditioning: Conditioning, sigmas: Sequence[float], seeds: Sequence[int]
-) -> Tensor:
-    """Multistep consistency sampling (Song et al. 2023): x̂0 = x − σ·v, then x' = (1−σ')·x̂0 + σ'·ε with fresh noise.
-
-    Arguments and result as `training.sampling.sample` has them; a step's ε depends on the seed and the step's number.
-    (Euler steps of a consistency student lead off its trajectories: on the toy flow its error grows with each.)
-    """
-    x_BCHW = starting_noise(family, seeds)
-    for number, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        v_BCHW = family.velocity(family.transformer, x_BCHW, torch.full((len(seeds),), sigma), conditioning)
-        x_BCHW = x_BCHW - sigma * v_BCHW
-        if sigma_next > 0:
-            shape = x_BCHW.shape[1:]
-            eps_BCHW = torch.stack([torch.randn(shape, generator=generator(seed, number)) for seed in seeds])
-            x_BCHW = (1 - sigma_next) * x_BCHW + sigma_next * eps_BCHW
-    return x_BCHW

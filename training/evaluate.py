@@ -51,6 +51,10 @@ class EvaluateSettings(CommandSettings, env_prefix="CDM_EVALUATE_"):
         [],
         description="one more row: these σ, from 1 downwards and after the shift, in place of the model's own",
     )
+    sampler: Literal["euler", "renoise"] = Field(
+        "euler",
+        description="euler, as engines sample; renoise: fresh noise at every step, for consistency students",
+    )
     guidance: float = Field(
         1.0, ge=0, description="classifier-free guidance; other than 1 it doubles the NFE"
     )
@@ -87,6 +91,10 @@ def evaluate(settings: EvaluateSettings) -> int:
     ):
         raise TrainingError(
             f"--sigmas={settings.sigmas}: a schedule begins at 1 and falls; 0 is added at its end"
+        )
+    if settings.sampler == "renoise" and settings.guidance != 1:
+        raise TrainingError(
+            f"--guidance={settings.guidance:g}: re-noising samples a student, without guidance; give --guidance 1"
         )
     data = EmojiDataset.load(settings.data)
     if settings.record:
@@ -172,6 +180,7 @@ def measure(
     guided = settings.guidance != 1.0
     name = f"{settings.name or settings.folder.name}, {steps} step{'s' if steps > 1 else ''}"
     name += f", guidance {settings.guidance:g}" if guided else ""
+    name += ", re-noised" if settings.sampler == "renoise" else ""
     name += f", {note}" if note else ""
     few = (
         np.linspace(0, len(captions) - 1, min(settings.diversity_prompts, len(captions))).round().astype(int)
@@ -190,6 +199,7 @@ def measure(
         settings.batch,
         lambda count: bar.advance(task, count),
         sigmas,
+        settings.sampler == "renoise",
     )
     seconds = time.perf_counter() - start
     row: dict[str, Any] = {

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from engines.families.base import Conditioning, Family
 from engines.noise import noise
+from training.draws import generator
 
 
 def starting_noise(family: Family, seeds: Sequence[int]) -> Tensor:
-    """float32 `(len(seeds), C, H, W)`; each picture from its own generator, as the server draws it."""
+    """float32 `(len(seeds), C, H, W)` on the transformer's device; a generator a picture, as the server draws it."""
     shape = (family.latent_channels, *family.latent_size)
-    return torch.from_numpy(np.stack([noise(seed, shape) for seed in seeds]))
+    drawn = torch.from_numpy(np.stack([noise(seed, shape) for seed in seeds]))
+    return drawn.to(next(family.transformer.parameters()).device)
 
 
 @torch.no_grad()
@@ -49,16 +51,19 @@ def sample(
         Scaled latents, float32 `(B, C, H, W)`.
     """
     x_BCHW = starting_noise(family, seeds)
+    device = x_BCHW.device
+    conditioning = {name: tensor.to(device) for name, tensor in conditioning.items()}
     guided = guidance != 1.0
     if guided:
         assert uncond is not None, "guidance needs the empty prompt's embeddings"
         conditioning = {
-            name: torch.cat([uncond[name].expand(len(seeds), *tensor.shape[1:]), tensor])
+            name: torch.cat([uncond[name].to(device).expand(len(seeds), *tensor.shape[1:]), tensor])
             for name, tensor in conditioning.items()
         }
     for sigma, sigma_next in pairwise(sigmas):
         inputs = torch.cat([x_BCHW, x_BCHW]) if guided else x_BCHW
-        v = family.velocity(family.transformer, inputs, torch.full((len(inputs),), sigma), conditioning)
+        sigma_B = torch.full((len(inputs),), sigma, device=device)
+        v = family.velocity(family.transformer, inputs, sigma_B, conditioning)
         if guided:
             v_uncond, v_cond = v.chunk(2)
             v = family.guided(v_cond, v_uncond, guidance)
@@ -67,9 +72,31 @@ def sample(
 
 
 @torch.no_grad()
+def sample_renoise(
+    family: Family, conditioning: Conditioning, sigmas: Sequence[float], seeds: Sequence[int]
+) -> Tensor:
+    """Multistep consistency sampling (Song et al. 2023): x̂0 = x − σ·v, then x' = (1−σ')·x̂0 + σ'·ε with fresh noise.
+
+    Arguments and result as `sample` has them; a step's ε depends on the seed and the step's number. (Euler steps of a
+    consistency student lead off its trajectories: on the toy flow its error grows with each.)
+    """
+    x_BCHW = starting_noise(family, seeds)
+    device = x_BCHW.device
+    conditioning = {name: tensor.to(device) for name, tensor in conditioning.items()}
+    for number, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        sigma_B = torch.full((len(seeds),), sigma, device=device)
+        x_BCHW = x_BCHW - sigma * family.velocity(family.transformer, x_BCHW, sigma_B, conditioning)
+        if sigma_next > 0:
+            shape = x_BCHW.shape[1:]
+            eps = torch.stack([torch.randn(shape, generator=generator(seed, number)) for seed in seeds])
+            x_BCHW = (1 - sigma_next) * x_BCHW + sigma_next * eps.to(device)
+    return x_BCHW
+
+
+@torch.no_grad()
 def decode(family: Family, latents_BCHW: Tensor) -> NDArray[np.uint8]:
     """Pictures `(B, height, width, 3)`, rounded as diffusers' image processor rounds."""
-    return to_uint8(family.decode(latents_BCHW))
+    return to_uint8(family.decode(latents_BCHW.to(next(family.vae.parameters()).device)))
 
 
 @torch.no_grad()
@@ -89,7 +116,9 @@ def round_trip(family: Family, pictures_NHWC: NDArray[np.uint8], batch: int = 16
 def to_uint8(pictures_BCHW: Tensor) -> NDArray[np.uint8]:
     """About [−1, 1] `(B, 3, height, width)` → uint8 `(B, height, width, 3)`."""
     unit = (pictures_BCHW.float() / 2 + 0.5).clamp(0, 1)
-    result: NDArray[np.uint8] = (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    result: NDArray[np.uint8] = (
+        (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    )
     return result
 
 
@@ -102,11 +131,13 @@ def generate(
     batch: int = 16,
     progress: Callable[[int], None] | None = None,
     sigmas: Sequence[float] = (),
+    renoise: bool = False,
 ) -> NDArray[np.uint8]:
     """One picture per prompt and seed, `batch` at a time: uint8 `(N, height, width, 3)`.
 
     Args:
         sigmas: a schedule other than the family's own of `steps`: after the shift, ending in 0.
+        renoise: `sample_renoise` in the place of Euler steps; without guidance only.
         progress: told the number of pictures just finished, after every batch.
     """
     sigmas = sigmas or family.sigmas(steps)
@@ -114,7 +145,11 @@ def generate(
     parts = []
     for at in range(0, len(prompts), batch):
         chosen = slice(at, at + batch)
-        latents = sample(family, family.encode(prompts[chosen]), sigmas, seeds[chosen], guidance, uncond)
+        cond = family.encode(prompts[chosen])
+        if renoise:
+            latents = sample_renoise(family, cond, sigmas, seeds[chosen])
+        else:
+            latents = sample(family, cond, sigmas, seeds[chosen], guidance, uncond)
         parts.append(decode(family, latents))
         if progress is not None:
             progress(len(parts[-1]))

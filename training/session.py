@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from engines.export.source import find_student
 from engines.families.base import Family, FamilyError, load_family
@@ -94,6 +95,8 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
     family = _load(kept, None if absent else ("transformer", "vae"))
     set_resolution(family, config.resolution)
     require_model(family)
+    for module in (family.vae, *family.text_modules().values()):
+        nn.Module.to(module, parallel.device)
     table = embed_prompts(
         family, prompts.texts, cache, limit_gb=settings.max_embedding_gb,
         rank=parallel.rank, world=parallel.world, barrier=parallel.barrier,

@@ -14,26 +14,29 @@ import torch
 
 from engines.families.base import load_family
 from tests.folders import FOLDERS
-from training.config import CDMConfig
+from training.config import CDMConfig, OptimConfig
+from training.consistency import Consistency
 from training.distill import Distillation
 from training.embeddings import embed_in_memory
 from training.prompts import Prompts
-from training.recipes import emoji_cdm, longcat_cdm, sd3_cdm, sd35_cdm
+from training.recipes import emoji_cdm, emoji_consistency, longcat_cdm, sd3_cdm, sd3_consistency, sd35_cdm
 from training.roles import Roles
 from training.variants import VARIANTS, changes
 
 GOLDEN = Path(__file__).parent / "golden.json"
 STEPS = 20
 TEXTS = ("red apple", "green apple", "face with tears")
-RECIPES: dict[str, tuple[str, Callable[[], CDMConfig]]] = {
+RECIPES: dict[str, tuple[str, Callable[[], OptimConfig]]] = {
     "sd3-cdm": ("sd3-medium", sd3_cdm),
     "sd35-cdm": ("sd35-medium", sd35_cdm),
     "longcat-cdm": ("longcat", longcat_cdm),
+    "sd3-consistency": ("sd3-medium", sd3_consistency),
+    "emoji-consistency": ("emoji", emoji_consistency),
 }
-"""Recipe → folder of `tests/folders.py`, config; emoji's are made of the variants."""
+"""Recipe → folder of `tests/folders.py`, config; emoji's CDM ones are made of the variants."""
 
 
-def cases() -> Iterator[tuple[str, str, CDMConfig]]:
+def cases() -> Iterator[tuple[str, str, OptimConfig]]:
     """Name, folder, config of every recipe and variant."""
     for name, (folder, recipe) in RECIPES.items():
         yield name, folder, recipe()
@@ -43,20 +46,24 @@ def cases() -> Iterator[tuple[str, str, CDMConfig]]:
         yield f"emoji-cdm {variant}", "emoji", config
 
 
-def first_losses(teacher: Path, config: CDMConfig) -> dict[str, list[float]]:
+def first_losses(teacher: Path, config: OptimConfig) -> dict[str, list[float]]:
     """Every logged loss of the first 20 iterations, by name; float32, two prompts a step, one thread."""
-    small = config.model_copy(
-        update={"batch": 2, "dtype": "float32", "warmup": 10, "n_max": min(config.n_max, 8)}
-    )
+    small = config.model_copy(update={"batch": 2, "dtype": "float32", "warmup": 10, "n_max": 8})
     torch.set_num_threads(1)
     family = load_family(teacher)
+    family.latent_size = (8, 8)
     prompts = Prompts.of([(text, 1.0) for text in TEXTS], "golden")
     table = embed_in_memory(family, prompts.texts, torch.float32)
-    work = Distillation(family, small, Roles(family.transformer, small), prompts, table)
+    roles = Roles(family.transformer, small)
+    work: Distillation | Consistency
+    if isinstance(small, CDMConfig):
+        work = Distillation(family, small, roles, prompts, table)
+    else:
+        work = Consistency(family, small, roles, prompts, table)  # type: ignore[arg-type]
     losses: dict[str, list[float]] = {}
     for step in range(STEPS):
         for name, value in work.iterate(step).items():
-            if name in ("fake", "ca", "dm", "cdm", "student"):
+            if name in ("fake", "ca", "dm", "cdm", "student", "loss", "tangent"):
                 losses.setdefault(name, []).append(float(f"{value:.6g}"))
     return losses
 

@@ -13,7 +13,7 @@ from engines.families.base import load_family
 from tests.tiny_longcat import build_tiny_longcat
 from tests.training.toy_flow import MEANS, PROMPTS, SPREAD, ToyFamily, sliced_wasserstein, true_samples
 from training.config import ConsistencyConfig
-from training.consistency import Consistency, consistency_loss, sample_renoise, tangent, total_derivative
+from training.consistency import Consistency, consistency_loss, tangent, total_derivative
 from training.cpu_kernels import cpu_kernels
 from training.distill import ROLLOUT, distill
 from training.draws import Draws
@@ -23,7 +23,7 @@ from training.parallel import Parallel
 from training.prompts import Prompts
 from training.roles import Roles
 from training.run import Run
-from training.sampling import sample
+from training.sampling import sample, sample_renoise
 
 CONFIG = ConsistencyConfig(
     n_max=8, guidance=1.0, steps=400, batch=128, lr_student=2e-3, warmup=20, tangent_warmup=100, ema_decay=0.98,
