@@ -21,7 +21,7 @@ endif
 PIP = -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test triton kernels gpu-acceptance check readme model figures figures-engines load fuzz clean lock python
+.PHONY: help serve test triton kernels gpu-acceptance check readme model figures figures-engines figures-training load fuzz clean lock python
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -100,6 +100,13 @@ figures-engines: $(TEST)/.installed ## measure what docs/engines.md quotes, on a
 		--runs 1 --threads 2 | tee $(RESULTS)/build-medium.txt
 	$(BIN)/cdm-bench bundle --bundle cdm_serve/bundles/emoji --student $(RUNS)/emoji-cdm/student --prompts 60 --threads 2 | \
 		tee $(RESULTS)/bundle-emoji.txt
+	$(BIN)/python scripts/readme.py
+
+figures-training: $(TEST)/.installed ## the evidence of docs/training.md and docs/planning.md (many hours; resumes)
+	$(BIN)/cdm-bench ablation --teacher $(RUNS)/teacher/model --out $(RUNS)/ablation --steps 500 --seeds 0,1,2 | tee $(RESULTS)/ablation.txt
+	$(BIN)/cdm-bench training --teacher $(RUNS)/teacher/model --n-max 28 --rounds 12 | tee $(RESULTS)/training.txt
+	$(BIN)/cdm-bench plan | tee $(RESULTS)/plan.txt
+	$(BIN)/cdm-bench plan --blocks | tee $(RESULTS)/plan-blocks.txt
 	$(BIN)/python scripts/readme.py
 
 SWEEP = --slo-ms 250,1000 --rates 14,42,56,70,85,110 --duration 8 --warmup 2

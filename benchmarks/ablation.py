@@ -93,7 +93,8 @@ def run(settings: AblationSettings) -> int:
     ladder = [line for row in settings.ladder for line in _ladder(row, found.get(row, []))]
     print(table([_shown(line) for line in ladder]) + "\n")
     show(
-        "ablation", [_shown(line) for line in lines], values=[line["values"] for line in lines], ladder=ladder,
+        "ablation", [_shown(line) for line in lines], ladder=[_shown(line) for line in ladder],
+        values=[line["values"] for line in lines], ladder_values=[line["values"] for line in ladder],
         steps=settings.steps, count=settings.count,
     )  # fmt: skip
     return 0

@@ -1,4 +1,4 @@
-"""The tables of docs/engines.md: what the engine benchmarks wrote to benchmarks/results/, row by row."""
+"""The tables of docs/engines.md and docs/training.md: what benchmarks wrote to benchmarks/results/, row by row."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _result(file: str) -> dict[str, Any]:
     return document
 
 
-def rows_of(*files: str, label: str = "") -> Callable[[], str]:
-    """A table of the files' rows; with `label`, its first column is that fact of each file (`a.b` looks inside)."""
+def rows_of(*files: str, label: str = "", key: str = "rows") -> Callable[[], str]:
+    """A table of what `key` of the files names; with `label`, its first column is that fact of each file (`a.b`: inside)."""
 
     def table() -> str:
         found: list[dict[str, Any]] = []
@@ -34,12 +34,12 @@ def rows_of(*files: str, label: str = "") -> Callable[[], str]:
                 continue
             document = _result(file)
             fact: Any = document
-            for key in label.split(".") if label else ():
-                fact = fact[key]
-            found += [{label.split(".")[-1]: fact, **row} if label else row for row in document["rows"]]
+            for part in label.split(".") if label else ():
+                fact = fact[part]
+            found += [{label.split(".")[-1]: fact, **row} if label else row for row in document[key]]
         missing = [file for file in files if not (RESULTS / file).is_file()]
         note = f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
-        columns = list(dict.fromkeys(key for row in found for key in row))
+        columns = list(dict.fromkeys(name for row in found for name in row))
         lines = [
             columns,
             ["---"] * len(columns),
@@ -119,5 +119,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "student": rows_of("student-emoji.txt", "student-75m.txt", label="bundle"),
     "build": rows_of("build-emoji.txt", "build-75m.txt", "build-medium.txt", label="student"),
     "bundle": rows_of("bundle-emoji.txt"),
+    "ablation": rows_of("ablation.txt"),
+    "ladder": rows_of("ablation.txt", key="ladder"),
+    "training_speed": rows_of("training.txt"),
 }
 """What a page of docs/ may ask for."""

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and of docs/{settings,engines,planning,observability}.md anew (`make readme`).
+"""Write the tables of README.md and of docs/{settings,engines,planning,training,observability}.md anew (`make readme`).
 
 Settings come from their classes, figures from benchmarks/results/ (`scripts/figures.py`, `scripts/figures_engines.py`).
 
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 ENGINES = ROOT / "docs" / "engines.md"
 PLANNING = ROOT / "docs" / "planning.md"
+TRAINING = ROOT / "docs" / "training.md"
 SETTINGS = ROOT / "docs" / "settings.md"
 FIGURES = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- settings:([\w.]+):(\w+) -->\n).*?(<!-- /settings -->)", re.DOTALL)
@@ -93,6 +94,7 @@ def main() -> int:
         README: rendered(README.read_text(encoding="utf-8")),
         ENGINES: rendered(ENGINES.read_text(encoding="utf-8")),
         PLANNING: rendered(PLANNING.read_text(encoding="utf-8")),
+        TRAINING: rendered(TRAINING.read_text(encoding="utf-8")),
         SETTINGS: settings_page(),
         OBSERVABILITY: observability_page(),
     }
