@@ -46,7 +46,7 @@ class TrainingBenchSettings(CommandSettings, env_prefix="CDM_BENCH_TRAINING_"):
     """Time pairs of iterations (one student step) in both ways, alternating."""
 
     teacher: Path = Field(Path("runs/teacher/model"), description="diffusers folder of the teacher")
-    prompts: Path = Field(PROMPTS, description="prompt list")
+    prompts: Path | None = Field(None, description="prompt list; none: the one that ships")
     batch: int = Field(16, ge=1, description="prompts per step")
     n_max: int = Field(28, ge=1, description="longest schedule; 28 as published")
     rounds: int = Field(8, ge=2, description="pairs of iterations in each way, after one to warm up")
@@ -97,7 +97,7 @@ def _work(
         batch=settings.batch, n_max=settings.n_max, dtype=settings.dtype, lr_student=1e-7, lr_fake=1e-7, **changes
     )  # fmt: skip
     family = load_family(settings.teacher)
-    prompts = read_prompts(settings.prompts)
+    prompts = read_prompts(settings.prompts or PROMPTS)
     table = embed_in_memory(family, prompts.texts, getattr(torch, config.dtype))
     work = Distillation(family, config, Roles(family.transformer, config), prompts, table, pass_batch)
     for module in family.text_modules().values():
