@@ -25,7 +25,7 @@ def _result(file: str) -> dict[str, Any]:
 
 
 def rows_of(*files: str, label: str = "", key: str = "rows") -> Callable[[], str]:
-    """A table of what `key` of the files names; with `label`, its first column is that fact of each file (`a.b` too)."""
+    """A table of what `key` of the files names; with `label`, its first column is that fact of each file (or `a.b`)."""
 
     def table() -> str:
         found: list[dict[str, Any]] = []
