@@ -1,0 +1,212 @@
+"""Laws of the planner: time, advice, the command."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import training.plan_model as plan_model
+from tests.training.plan_cases import SPEED, command, parsed, tiny_setup
+from tests.training.tiny_distillation import tiny_distillation
+from training.config import CDMConfig, MachineConfig
+from training.main import COMMANDS
+from training.plan import RECIPES
+from training.plan_advice import Advisor
+from training.plan_memory import Memory
+from training.plan_model import describe
+from training.plan_setup import Passes
+from training.plan_time import GPUS, iteration, longest, seconds
+from training.plan_trace import Compute, Traces
+from training.rollout import draw_schedule, rollout
+
+
+@pytest.fixture(scope="module")
+def cache() -> dict:
+    """Traces, which setups of one model share."""
+    return {}
+
+
+# time
+
+
+def test_passes_are_those_of_the_loop():
+    assert Passes.of(CDMConfig()) == Passes(7.75, 2, 4, 2)
+    assert Passes.of(CDMConfig(truncated_rollout=False, shared_forward=False)) == Passes(14.5, 3, 4, 2)
+    assert Passes.of(CDMConfig(schedule="fixed", weight_cdm=0)) == Passes(2.5, 1, 3, 1)
+    assert Passes.of(CDMConfig(weight_ca=0, weight_cdm=0, dm_guidance=8)) == Passes(7.75, 1, 2, 1)
+
+
+def test_passes_of_a_student_step_are_counted_in_the_loop(tiny_model):
+    work = tiny_distillation(tiny_model)
+    asked = {id(work.roles.teacher): 0, id(work.roles.fake): 0, id(work.roles.student): 0}
+    velocity = work.velocity
+
+    def counted(network, x, sigma, cond):
+        asked[id(network)] += len(x) if not torch.is_grad_enabled() or network is work.roles.student else 0
+        return velocity(network, x, sigma, cond)
+
+    work.rollout = lambda sigma, cond, draws: rollout(
+        lambda x, s, rows: velocity(work.roles.student, x, s, {k: v[rows] for k, v in cond.items()}),
+        draws.normal(work.latent_shape), sigma, draws.integers(len(sigma)),
+    )  # fmt: skip
+    work.velocity = counted
+    work.iterate(1)
+    passes, batch = Passes.of(work.config), work.config.batch
+    assert list(asked.values()) == [passes.teacher * batch, passes.fake * batch, passes.student * batch]
+
+
+def test_the_average_rollout_is_as_long_as_drawn(tiny_model):
+    memory = Memory(tiny_setup(tiny_model, batch=6, n_max=5))
+    generator, passes, calls = torch.Generator().manual_seed(0), 0, 0
+    for _ in range(1500):
+        sigma = draw_schedule(generator, 5, 0.25, 0.95)
+        k = torch.randint(0, len(sigma), (6,), generator=generator)
+        found = rollout(lambda x, s, rows: torch.zeros_like(x), torch.zeros(6, 1, 1, 1), sigma, k)
+        passes += found.passes / 6
+        calls += int(k.max()) + 1
+    assert passes / 1500 == pytest.approx(memory.passes.rollout, rel=0.03)
+    assert calls / 1500 == pytest.approx(longest(memory), rel=0.03)
+
+
+def test_checkpointing_costs_a_forward_of_the_blocks(tiny_model):
+    plain, kept = (
+        Traces(describe(str(tiny_model)), Compute(checkpointing=on, kernels="cpu")).steps(1)
+        for on in (False, True)
+    )
+    assert kept.forward_flops == plain.forward_flops
+    added = kept.backward_flops - plain.backward_flops
+    assert 0.7 * plain.forward_flops < added <= plain.forward_flops
+
+
+def test_time_follows_its_parts(tiny_model, cache):
+    setup = tiny_setup(tiny_model, dtype="bfloat16")
+    memory = Memory(setup, cache)
+    assert seconds(memory, SPEED) == pytest.approx(sum(part.seconds(SPEED) for part in iteration(memory)))
+    alone = {part.name: part for part in iteration(memory)}
+    rarer = {
+        p.name: p for p in iteration(Memory(tiny_setup(tiny_model, dtype="bfloat16", student_every=4), cache))
+    }
+    assert rarer["student step"].flops == pytest.approx(alone["student step"].flops / 2)
+    assert rarer["fake step"] == alone["fake step"]
+    assert all(part.sent == 0 for part in alone.values())
+    sharded = iteration(Memory(replace(setup, gpus=2, machine=MachineConfig(parallel="fsdp")), cache))
+    assert all(part.sent > 0 for part in sharded)
+
+
+# advice
+
+
+def test_applying_advice_gives_what_it_promised(tiny_model, cache):
+    arguments = ["emoji-cdm", "--teacher", str(tiny_model), "--gpus", "2", "--batch", "64", "--device", "cpu"]
+    setup = parsed(arguments).setup()
+    advisor = Advisor(setup, 1000, SPEED, cache)
+    before, changes = Memory(setup, cache), advisor.alone()
+    wanted = {"--gradient-checkpointing", "--micro-batch 1", "--optimizer adamw8bit", "--sample-every 0"}
+    assert len({change.flags for change in changes} & wanted) >= 3
+    for change in changes:
+        after = Memory(parsed([*arguments, *change.flags.split()]).setup(), cache)
+        assert after.total == change.total < before.total, change.flags
+        assert seconds(after, SPEED) == change.seconds
+    assert advisor.together() == []  # nothing fits into a kilobyte
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_changes_together_fit_and_none_is_spare(tiny_model, cache, share):
+    arguments = [
+        "emoji-cdm",
+        "--teacher",
+        str(tiny_model),
+        "--batch",
+        "64",
+        "--overhead",
+        "0",
+        "--sample-every",
+        "0",
+    ]
+    limit = round(Memory(parsed(arguments).setup(), cache).total * share)
+    changes = Advisor(parsed(arguments).setup(), limit, SPEED, cache).together()
+    assert changes
+    for count in range(1, len(changes) + 1):
+        flags = [flag for change in changes[:count] for flag in change.flags.split()]
+        assert Memory(parsed([*arguments, *flags]).setup(), cache).total == changes[count - 1].total
+    assert changes[-1].total <= limit
+    for spared in changes:
+        rest = [flag for change in changes if change is not spared for flag in change.flags.split()]
+        assert Memory(parsed([*arguments, *rest]).setup(), cache).total > limit, spared.flags
+
+
+def test_what_does_not_fit_ends_with_1_and_says_what_would(tiny_model, capsys):
+    arguments = ["emoji-cdm", "--teacher", str(tiny_model), "--overhead", "0"]
+    code, found = command([*arguments, "--memory", "0.015"], capsys)
+    assert (code, found["fits"]) == (1, False)
+    assert found["total_gb"] > 0.015 >= found["together"][-1]["total_gb"]
+    assert found["alone"]
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not(tiny_model, cache):
+    setup = tiny_setup(tiny_model, batch=16, sample_grids=False)
+    limit = Memory(replace(setup, machine=MachineConfig(micro_batch=5)), cache).total
+    advisor = Advisor(setup, limit, SPEED, cache)
+    assert advisor.largest_micro_batch(setup) == 5
+    assert not advisor.fits(replace(setup, machine=MachineConfig(micro_batch=6)))
+
+
+# the command
+
+
+def test_nothing_is_loaded(tiny_model, tmp_path, monkeypatch, capsys):
+    import diffusers
+    import safetensors.torch
+
+    def refuse(*arguments, **keywords):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(safetensors.torch, "load_file", refuse)
+    monkeypatch.setattr(diffusers.ModelMixin, "from_pretrained", refuse)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", refuse)
+    code, found = command(["emoji-cdm", "--teacher", str(tiny_model), "--memory", "80"], capsys)
+    assert code == 0
+    assert found["fits"]
+    assert found["largest_micro_batch"] == 16
+    assert sum(found["parts_gb"].values()) == pytest.approx(found["total_gb"], abs=0.01)
+
+
+def test_too_little_main_memory_or_disk_names_how_many_prompts_would_do(tiny_model, capsys):
+    arguments = ["emoji-cdm", "--teacher", str(tiny_model), "--prompt-count", "1000000"]
+    code, found = command([*arguments, "--ram", "1"], capsys)
+    assert code == 1
+    count = found["shortages"][0].split("at most ")[1].split()[0]
+    code, found = command([*arguments[:-1], count, "--ram", "1"], capsys)
+    assert (code, found["shortages"]) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "there is no recipe 'nothing'; recipes: sd3-cdm"),
+        (["emoji-cdm"], "no teacher of its own; name its folder with --teacher"),
+        (["sd3-cdm", "--gpus", "3"], "--batch=128 cannot be divided among 3 GPUs"),
+        (["sd3-cdm", "--gpu", "abacus"], "--gpu=abacus is not known; known: b200"),
+        (["sd3-consistency", "--weight-ca", "2"], "--weight-ca is no setting of sd3-consistency"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(arguments, message, capsys):
+    code, found = command(arguments, capsys)
+    assert code == 2
+    assert message in found["error"]
+
+
+def test_every_recipe_can_be_planned():
+    of_training = {name for name, each in COMMANDS.items() if each.settings.startswith("training.recipes:")}
+    assert of_training <= set(RECIPES)
+    assert all(not teacher or teacher in plan_model.BUILT_IN for _, teacher in RECIPES.values())
+    assert all(gpu.bfloat16 > gpu.float32 and math.isfinite(gpu.bandwidth) for gpu in GPUS.values())
+
+
+def test_consistency_has_no_fake_teacher(tiny_model, capsys):
+    code, found = command(["emoji-consistency", "--teacher", str(tiny_model)], capsys)
+    assert code == 0
+    assert not [name for name in found["parts_gb"] if "fake" in name]
