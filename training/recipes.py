@@ -10,12 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, create_model
 
 from engines.cli import CommandSettings
-from training.config import CDMConfig, ConsistencyConfig, MachineConfig, OptimConfig
+from training.config import (
+    CDMConfig,
+    ConsistencyConfig,
+    FinetuneConfig,
+    KeepConfig,
+    MachineConfig,
+    OptimConfig,
+)
 from training.errors import TrainingError
 from training.trackers import Kind
 from training.variants import Variant, changes
@@ -62,13 +69,30 @@ def sd3_consistency() -> ConsistencyConfig:
     return ConsistencyConfig()
 
 
+def finetune() -> FinetuneConfig:
+    """Flow matching of every weight, on few pictures: 1000 batches of 16."""
+    return FinetuneConfig(steps=1000, batch=16)
+
+
+def keep() -> KeepConfig:
+    """The second phase: the student follows its teacher, fine-tuned before, and keeps what it could do."""
+    return KeepConfig(steps=1001, warmup=50)
+
+
+def emoji_keep() -> KeepConfig:
+    """The same for the bundled model."""
+    return KeepConfig(**{**emoji_cdm().model_dump(), "steps": 400, "warmup": 20, "fake_warmup": 50})
+
+
 class TrainSettings(CommandSettings, MachineConfig, WatchdogConfig):  # type: ignore[misc]  # model_configs are merged
     """What every distillation asks beside its constants."""
 
+    product: ClassVar[str] = "student"
+    """Folder of the result, within OUT."""
+
     teacher: Path = Field(description="the teacher: a local diffusers folder, or a hub id such as org/name")
-    prompts: list[Path] = Field(
-        min_length=1,
-        description="prompt lists (.txt, .jsonl, .parquet; `prompt` and maybe `weight`), or folders of them",
+    teacher_lora: Path | None = Field(
+        None, description="LoRA (file or folder) merged into the teacher before anything else"
     )
     out: Path = Field(description="run folder; the student is written to OUT/student")
     save_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints")
@@ -101,7 +125,16 @@ class TrainSettings(CommandSettings, MachineConfig, WatchdogConfig):  # type: ig
         return str(self.model_config["env_prefix"]).removeprefix("CDM_").rstrip("_").lower()
 
 
-class DistilSettings(TrainSettings, CDMConfig):  # type: ignore[misc]
+class PromptedSettings(TrainSettings):
+    """What is learnt from prompts alone."""
+
+    prompts: list[Path] = Field(
+        min_length=1,
+        description="prompt lists (.txt, .jsonl, .parquet; `prompt` and maybe `weight`), or folders of them",
+    )
+
+
+class DistilSettings(PromptedSettings, CDMConfig):  # type: ignore[misc]
     """Distil a teacher into a few-step student; the same command resumes."""
 
     variant: Variant = Field(
@@ -121,7 +154,7 @@ class DistilSettings(TrainSettings, CDMConfig):  # type: ignore[misc]
         return super().recipe() + ("" if self.variant == "cdm" else f" {self.variant}")
 
 
-class ConsistencySettings(TrainSettings, ConsistencyConfig):  # type: ignore[misc]
+class ConsistencySettings(PromptedSettings, ConsistencyConfig):  # type: ignore[misc]
     """Distil a teacher by continuous-time consistency; the same command resumes."""
 
     def config(self) -> ConsistencyConfig:
@@ -129,8 +162,42 @@ class ConsistencySettings(TrainSettings, ConsistencyConfig):  # type: ignore[mis
         return ConsistencyConfig(**{name: getattr(self, name) for name in ConsistencyConfig.model_fields})
 
 
-RUNTIME_FIELDS = tuple(
-    name for name in DistilSettings.model_fields if name not in CDMConfig.model_fields and name != "variant"
+class KeepSettings(PromptedSettings, KeepConfig):  # type: ignore[misc]
+    """Fine-tune a distilled student towards its fine-tuned teacher, without blurring it; the same command resumes."""
+
+    student: Path = Field(description="the distilled student to start from: a diffusers folder")
+    general: list[Path] = Field(
+        min_length=1,
+        description="prompts on which the student stays what it was: lists (.txt, .jsonl, .parquet), or folders",
+    )
+
+    def config(self) -> KeepConfig:
+        """The part that decides what is learnt."""
+        return KeepConfig(**{name: getattr(self, name) for name in KeepConfig.model_fields})
+
+
+class FinetuneSettings(TrainSettings, FinetuneConfig):  # type: ignore[misc]
+    """Fine-tune a model by flow matching on captioned pictures (a teacher; for students: finetune-student)."""
+
+    product: ClassVar[str] = "model"
+
+    teacher: Path = Field(description="the model to fine-tune: a local diffusers folder, or a hub id")
+    pictures: Path = Field(
+        description="folder with metadata.jsonl (`file_name`, `text` a line), or from `cdm-train emoji-data`"
+    )
+
+    out: Path = Field(description="run folder; the model is written to OUT/model, a LoRA to OUT/adapter")
+
+    def config(self) -> FinetuneConfig:
+        """The part that decides what is learnt."""
+        return FinetuneConfig(**{name: getattr(self, name) for name in FinetuneConfig.model_fields})
+
+
+RUNTIME_FIELDS = (
+    *(name for name in DistilSettings.model_fields if name not in CDMConfig.model_fields and name != "variant"),
+    "student",
+    "general",
+    "pictures",
 )
 """Settings that a resumed run may change: they decide how it is run, not what it learns."""
 
@@ -178,21 +245,52 @@ SD3ConsistencySettings = _settings(
     ConsistencySettings, sd3_consistency, "CDM_SD3_CONSISTENCY_",
     {"teacher": SD3, "out": Path("runs/sd3-consistency")},
 )  # fmt: skip
+EmojiKeepSettings = _settings(
+    KeepSettings, emoji_keep, "CDM_EMOJI_FINETUNE_STUDENT_",
+    {"general": [Path("data/emoji")], "out": Path("runs/emoji-finetune-student")},
+)  # fmt: skip
+FinetuneStudentSettings = _settings(
+    KeepSettings, keep, "CDM_FINETUNE_STUDENT_", {"out": Path("runs/finetune-student")}
+)
+FinetuneTeacherSettings = _settings(
+    FinetuneSettings, finetune, "CDM_FINETUNE_", {"out": Path("runs/finetune")}
+)
 
 
-def train_emoji(settings: TrainSettings) -> int:
+def train_emoji(settings: PromptedSettings) -> int:
     """Run a recipe on emoji captions, or on prompt lists."""
-    first = settings.prompts[0]
-    if len(settings.prompts) == 1 and first.is_dir() and not any(first.glob("*.txt")):
-        return _train(settings, emoji_prompts(first))
-    return train_listed(settings)
+    return _train(settings, _read(settings.prompts))
 
 
-def train_listed(settings: TrainSettings) -> int:
+def train_listed(settings: PromptedSettings) -> int:
     """Run a recipe on prompt lists."""
     from training.prompts import read_prompts
 
     return _train(settings, read_prompts(settings.prompts))
+
+
+def train_keep(settings: KeepSettings) -> int:
+    """Fine-tune a student on prompt lists, keeping it on general ones."""
+    from training.session import train_student
+
+    return train_student(settings, _read(settings.prompts), _read(settings.general))
+
+
+def train_finetune(settings: FinetuneSettings) -> int:
+    """Fine-tune a model on pictures."""
+    from training.session import train_on_pictures
+
+    return train_on_pictures(settings)
+
+
+def _read(paths: list[Path]) -> Prompts:
+    """Emoji captions of a dataset folder, or prompt lists."""
+    from training.prompts import read_prompts
+
+    first = paths[0]
+    if len(paths) == 1 and (first / "dataset.json").is_file():
+        return emoji_prompts(first)
+    return read_prompts(paths)
 
 
 def emoji_prompts(folder: Path) -> Prompts:
