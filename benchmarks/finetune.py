@@ -96,7 +96,11 @@ def run(settings: FinetuneBenchSettings) -> int:
     rows = [{"model": "autoencoder round trip", **_measured(settings, scorer, "real", None)}]
     for name, model in models.items():
         rows.append({"model": name, **_measured(settings, scorer, model[0].parent.name, model)})
-    facts = {"flow_steps": settings.flow_steps, "cdm_steps": settings.cdm_steps, "fake_warmup": settings.fake_warmup}
+    facts = {
+        "flow_steps": settings.flow_steps,
+        "cdm_steps": settings.cdm_steps,
+        "fake_warmup": settings.fake_warmup,
+    }
     show("finetune", rows, **facts, seed=settings.seed, count=settings.count, pictures=settings.pictures)
     return 0
 
@@ -150,7 +154,9 @@ def _train(
         line = [sys.executable, "-m", "training.main", *command, *given, "--tracker", "none"]
         done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:
-            raise UsageError(f"{' '.join(line[2:])} ended with {done.returncode}: {done.stdout.strip()[-2000:]}")
+            raise UsageError(
+                f"{' '.join(line[2:])} ended with {done.returncode}: {done.stdout.strip()[-2000:]}"
+            )
     return out
 
 
@@ -179,5 +185,5 @@ def _measured(
                 f"{domain}: sharpness": round(sharpness(made) / sharpness(turn(real)), 3),
             }
         write_text_atomically(path, json.dumps(row, indent=2, ensure_ascii=False) + "\n")
-    row = json.loads(path.read_text(encoding="utf-8"))
-    return row
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return kept

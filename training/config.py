@@ -157,13 +157,17 @@ class KeepConfig(CDMConfig):
     """CDM from an existing student towards a fine-tuned teacher, keeping what the student could do."""
 
     keep_weight: float = Field(
-        1.0, ge=0, description="λ of λ·mean (x̂0 − x̂0 of the old student)² on general prompts; 0: no regulariser"
+        1.0,
+        ge=0,
+        description="λ of λ·mean (x̂0 − x̂0 of the old student)² on general prompts; 0: no regulariser",
     )
     keep_share: float = Field(
         0.5, ge=0, lt=1, description="share of every batch that general prompts are; 0: none, nothing is kept"
     )
     fake_warmup: int = Field(
-        100, ge=0, description="first iterations in which the fake teacher alone learns: it starts as the teacher"
+        100,
+        ge=0,
+        description="first iterations in which the fake teacher alone learns: it starts as the teacher",
     )
 
     @model_validator(mode="after")
@@ -174,7 +178,9 @@ class KeepConfig(CDMConfig):
                 "every weight; set student_rank=0"
             )
         if self.fake_warmup >= self.steps:
-            raise ValueError(f"fake_warmup={self.fake_warmup} leaves the student none of steps={self.steps}; lower it")
+            raise ValueError(
+                f"fake_warmup={self.fake_warmup} leaves the student none of steps={self.steps}; lower it"
+            )
         if self.keep_weight and not round(self.keep_share * self.batch):
             raise ValueError(
                 f"keep_weight={self.keep_weight:g} acts on general prompts, and keep_share={self.keep_share:g} of "

@@ -79,13 +79,19 @@ class Finetune:
         x_RCHW = renoise(x0_RCHW, eps_RCHW, sigma_R)
         with self.roles.student.active():
             v_RCHW = self.family.velocity(
-                self.roles.student.net, x_RCHW, sigma_R, self.conditioning(self.prompt_N[pictures_R], dropped_R)
+                self.roles.student.net,
+                x_RCHW,
+                sigma_R,
+                self.conditioning(self.prompt_N[pictures_R], dropped_R),
             )
         return (v_RCHW.float() - (eps_RCHW - x0_RCHW)).square().mean()
 
     def conditioning(self, prompts_R: np.ndarray, dropped_R: Tensor) -> Conditioning:
         """Embeddings of captions; of the empty prompt where the caption is dropped."""
-        cond, empty = self.table.rows(prompts_R, self.device), self.table.unconditional(len(prompts_R), self.device)
+        cond, empty = (
+            self.table.rows(prompts_R, self.device),
+            self.table.unconditional(len(prompts_R), self.device),
+        )
         return {
             name: torch.where(dropped_R.reshape(-1, *[1] * (value.ndim - 1)), empty[name], value)
             for name, value in cond.items()

@@ -84,7 +84,9 @@ class Keep(Distillation):
     def draw_prompts(self, step: int) -> NDArray[np.int64]:
         """`kept` general prompts, then those of the domain."""
         general = self.general.draw(numpy_generator(self.config.seed, step, GENERAL), self.kept)
-        domain = self.domain.draw(numpy_generator(self.config.seed, step, PROMPTS), self.config.batch - self.kept)
+        domain = self.domain.draw(
+            numpy_generator(self.config.seed, step, PROMPTS), self.config.batch - self.kept
+        )
         return np.concatenate([self.numbers_G[general], self.numbers_D[domain]])
 
     def student_turn(self, step: int) -> bool:
@@ -101,7 +103,11 @@ class Keep(Distillation):
             return super().extra_loss(part, terms)
         anchor = part.anchor
         at_anchor = [term.x0_RCHW for term in terms if term.name != "cdm"]
-        x0_RCHW = at_anchor[0] if at_anchor else self.x0(self.roles.student, anchor.x_BCHW, anchor.sigma_B, part.cond)
+        x0_RCHW = (
+            at_anchor[0]
+            if at_anchor
+            else self.x0(self.roles.student, anchor.x_BCHW, anchor.sigma_B, part.cond)
+        )
         with torch.no_grad():
             x0_old_RCHW = self.x0(self.old, anchor.x_BCHW, anchor.sigma_B, part.cond)
         apart_R = (x0_RCHW - x0_old_RCHW).square().flatten(1).mean(1)

@@ -1,6 +1,6 @@
 """A teacher with a LoRA: adapter and folder → one folder that any recipe distils.
 
-    with_lora(Path("sd3"), Path("style.safetensors"), Path("runs/mine/teacher-lora"))
+with_lora(Path("sd3"), Path("style.safetensors"), Path("runs/mine/teacher-lora"))
 """
 
 from __future__ import annotations

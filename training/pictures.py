@@ -1,6 +1,6 @@
 """Pictures with captions to fine-tune on, and their latents.
 
-    pictures = read_pictures(Path("my-pictures"))          # metadata.jsonl: {"file_name": "a.png", "text": "a red apple"}
+    pictures = read_pictures(Path("my-pictures"))   # metadata.jsonl: {"file_name": "a.png", "text": "a red apple"}
     latents_NCHW = encode_pictures(family, pictures)
 
 A folder is Hugging Face's `imagefolder` (`metadata.jsonl` beside or above the pictures), or a dataset folder of
@@ -43,7 +43,9 @@ class Pictures:
 
     def prompts(self) -> Prompts:
         """Their captions; equal ones are one prompt."""
-        return Prompts.of(zip(self.captions_N, self.weights_N.tolist(), strict=True), "the pictures' captions")
+        return Prompts.of(
+            zip(self.captions_N, self.weights_N.tolist(), strict=True), "the pictures' captions"
+        )
 
 
 def read_pictures(folder: Path) -> Pictures:
@@ -97,7 +99,9 @@ def _line(path: Path, number: int, line: str) -> tuple[str, str]:
             f"{path}:{number}: file_name {name!r} has the caption {text!r}; say in words what is on the picture"
         )
     if not (path.parent / name).is_file():
-        raise TrainingError(f"{path}:{number}: there is no file {path.parent / name}; paths are relative to {path.parent}")
+        raise TrainingError(
+            f"{path}:{number}: there is no file {path.parent / name}; paths are relative to {path.parent}"
+        )
     return name, text.strip()
 
 

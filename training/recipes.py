@@ -15,14 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, create_model
 
 from engines.cli import CommandSettings
-from training.config import (
-    CDMConfig,
-    ConsistencyConfig,
-    FinetuneConfig,
-    KeepConfig,
-    MachineConfig,
-    OptimConfig,
-)
+from training.config import CDMConfig, ConsistencyConfig, MachineConfig, OptimConfig
 from training.errors import TrainingError
 from training.trackers import Kind
 from training.variants import Variant, changes
@@ -67,21 +60,6 @@ def emoji_consistency() -> ConsistencyConfig:
 def sd3_consistency() -> ConsistencyConfig:
     """Consistency distillation with the budget of `sd3_cdm`; a baseline of ours, with no published numbers."""
     return ConsistencyConfig()
-
-
-def finetune() -> FinetuneConfig:
-    """Flow matching of every weight, on few pictures: 1000 batches of 16."""
-    return FinetuneConfig(steps=1000, batch=16)
-
-
-def keep() -> KeepConfig:
-    """The second phase: the student follows its teacher, fine-tuned before, and keeps what it could do."""
-    return KeepConfig(steps=1001, warmup=50)
-
-
-def emoji_keep() -> KeepConfig:
-    """The same for the bundled model."""
-    return KeepConfig(**{**emoji_cdm().model_dump(), "steps": 400, "warmup": 20, "fake_warmup": 50})
 
 
 class TrainSettings(CommandSettings, MachineConfig, WatchdogConfig):  # type: ignore[misc]  # model_configs are merged
@@ -162,39 +140,12 @@ class ConsistencySettings(PromptedSettings, ConsistencyConfig):  # type: ignore[
         return ConsistencyConfig(**{name: getattr(self, name) for name in ConsistencyConfig.model_fields})
 
 
-class KeepSettings(PromptedSettings, KeepConfig):  # type: ignore[misc]
-    """Fine-tune a distilled student towards its fine-tuned teacher, without blurring it; the same command resumes."""
-
-    student: Path = Field(description="the distilled student to start from: a diffusers folder")
-    general: list[Path] = Field(
-        min_length=1,
-        description="prompts on which the student stays what it was: lists (.txt, .jsonl, .parquet), or folders",
-    )
-
-    def config(self) -> KeepConfig:
-        """The part that decides what is learnt."""
-        return KeepConfig(**{name: getattr(self, name) for name in KeepConfig.model_fields})
-
-
-class FinetuneSettings(TrainSettings, FinetuneConfig):  # type: ignore[misc]
-    """Fine-tune a model by flow matching on captioned pictures (a teacher; for students: finetune-student)."""
-
-    product: ClassVar[str] = "model"
-
-    teacher: Path = Field(description="the model to fine-tune: a local diffusers folder, or a hub id")
-    pictures: Path = Field(
-        description="folder with metadata.jsonl (`file_name`, `text` a line), or from `cdm-train emoji-data`"
-    )
-
-    out: Path = Field(description="run folder; the model is written to OUT/model, a LoRA to OUT/adapter")
-
-    def config(self) -> FinetuneConfig:
-        """The part that decides what is learnt."""
-        return FinetuneConfig(**{name: getattr(self, name) for name in FinetuneConfig.model_fields})
-
-
 RUNTIME_FIELDS = (
-    *(name for name in DistilSettings.model_fields if name not in CDMConfig.model_fields and name != "variant"),
+    *(
+        name
+        for name in DistilSettings.model_fields
+        if name not in CDMConfig.model_fields and name != "variant"
+    ),
     "student",
     "general",
     "pictures",
@@ -202,7 +153,7 @@ RUNTIME_FIELDS = (
 """Settings that a resumed run may change: they decide how it is run, not what it learns."""
 
 
-def _settings(
+def settings_of(
     kind: type[TrainSettings], recipe: Callable[[], OptimConfig], env_prefix: str, others: Mapping[str, Any],
     prompts_help: str = "",
 ) -> type[Any]:  # fmt: skip
@@ -224,42 +175,32 @@ SD3 = Path("stabilityai/stable-diffusion-3-medium-diffusers")
 SD35 = Path("stabilityai/stable-diffusion-3.5-medium")
 LONGCAT = Path("meituan-longcat/LongCat-Image")
 
-EmojiCDMSettings = _settings(
+EmojiCDMSettings = settings_of(
     DistilSettings, emoji_cdm, "CDM_EMOJI_CDM_",
     {"prompts": [Path("data/emoji")], "out": Path("runs/emoji-cdm")}, _EMOJI,
 )  # fmt: skip
-EmojiConsistencySettings = _settings(
+EmojiConsistencySettings = settings_of(
     ConsistencySettings, emoji_consistency, "CDM_EMOJI_CONSISTENCY_",
     {"prompts": [Path("data/emoji")], "out": Path("runs/emoji-consistency")}, _EMOJI,
 )  # fmt: skip
-SD3CDMSettings = _settings(
+SD3CDMSettings = settings_of(
     DistilSettings, sd3_cdm, "CDM_SD3_CDM_", {"teacher": SD3, "out": Path("runs/sd3-cdm")}
 )
-SD35CDMSettings = _settings(
+SD35CDMSettings = settings_of(
     DistilSettings, sd35_cdm, "CDM_SD35_CDM_", {"teacher": SD35, "out": Path("runs/sd35-cdm")}
 )
-LongCatCDMSettings = _settings(
+LongCatCDMSettings = settings_of(
     DistilSettings, longcat_cdm, "CDM_LONGCAT_CDM_", {"teacher": LONGCAT, "out": Path("runs/longcat-cdm")}
 )
-SD3ConsistencySettings = _settings(
+SD3ConsistencySettings = settings_of(
     ConsistencySettings, sd3_consistency, "CDM_SD3_CONSISTENCY_",
     {"teacher": SD3, "out": Path("runs/sd3-consistency")},
 )  # fmt: skip
-EmojiKeepSettings = _settings(
-    KeepSettings, emoji_keep, "CDM_EMOJI_FINETUNE_STUDENT_",
-    {"general": [Path("data/emoji")], "out": Path("runs/emoji-finetune-student")},
-)  # fmt: skip
-FinetuneStudentSettings = _settings(
-    KeepSettings, keep, "CDM_FINETUNE_STUDENT_", {"out": Path("runs/finetune-student")}
-)
-FinetuneTeacherSettings = _settings(
-    FinetuneSettings, finetune, "CDM_FINETUNE_", {"out": Path("runs/finetune")}
-)
 
 
 def train_emoji(settings: PromptedSettings) -> int:
     """Run a recipe on emoji captions, or on prompt lists."""
-    return _train(settings, _read(settings.prompts))
+    return _train(settings, read_or_emoji(settings.prompts))
 
 
 def train_listed(settings: PromptedSettings) -> int:
@@ -269,21 +210,7 @@ def train_listed(settings: PromptedSettings) -> int:
     return _train(settings, read_prompts(settings.prompts))
 
 
-def train_keep(settings: KeepSettings) -> int:
-    """Fine-tune a student on prompt lists, keeping it on general ones."""
-    from training.session import train_student
-
-    return train_student(settings, _read(settings.prompts), _read(settings.general))
-
-
-def train_finetune(settings: FinetuneSettings) -> int:
-    """Fine-tune a model on pictures."""
-    from training.session import train_on_pictures
-
-    return train_on_pictures(settings)
-
-
-def _read(paths: list[Path]) -> Prompts:
+def read_or_emoji(paths: list[Path]) -> Prompts:
     """Emoji captions of a dataset folder, or prompt lists."""
     from training.prompts import read_prompts
 

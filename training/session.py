@@ -24,16 +24,13 @@ from training.embedding_cache import EmbeddingCache
 from training.embeddings import EmbeddingTable, embed_prompts
 from training.environment import record_start
 from training.errors import TrainingError
-from training.finetune import Finetune
 from training.grid import tile
-from training.keep import Keep, load_student, together
 from training.lora import fold
 from training.means import Values
 from training.merge import with_lora
 from training.parallel import Parallel
-from training.pictures import encode_pictures, read_pictures
 from training.prompts import Prompts
-from training.recipes import RUNTIME_FIELDS, FinetuneSettings, KeepSettings, TrainSettings
+from training.recipes import RUNTIME_FIELDS, TrainSettings
 from training.report.write import write_report
 from training.requirements import (
     Need,
@@ -79,37 +76,6 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
         return Distillation(family, config, roles, prompts, table, passes, micro)
 
     return run_session(settings, config, prompts, method)
-
-
-def train_student(settings: KeepSettings, domain: Prompts, general: Prompts) -> int:
-    """Fine-tune a distilled student, keeping what it could do; see `run_session`."""
-    config, prompts = settings.config(), together(domain, general)
-    hashes = {
-        "student_sha256": TeacherHashes.of(settings.student, "--student").transformer,
-        "domain_sha256": domain.sha256(),
-        "general_sha256": general.sha256(),
-    }
-
-    def method(family: Family, roles: Roles, table: EmbeddingTable) -> Method:
-        old = load_student(settings.student, family.transformer)
-        passes, micro = settings.pass_batch, settings.micro_batch
-        return Keep(family, config, roles, old, domain, general, prompts, table, passes, micro)
-
-    return run_session(settings, config, prompts, method, hashes)
-
-
-def train_on_pictures(settings: FinetuneSettings) -> int:
-    """Fine-tune a model on pictures by flow matching; see `run_session`."""
-    config, pictures = settings.config(), read_pictures(settings.pictures)
-    prompts = pictures.prompts()
-
-    def method(family: Family, roles: Roles, table: EmbeddingTable) -> Method:
-        latents_NCHW = encode_pictures(family, pictures, dtype=getattr(torch, config.dtype))
-        return Finetune(
-            family, config, roles, pictures, latents_NCHW, prompts, table, settings.micro_batch
-        )
-
-    return run_session(settings, config, prompts, method, {"pictures_sha256": pictures.sha256})
 
 
 def run_session(
@@ -219,7 +185,9 @@ def run_session(
             write_report(settings.out)
     export(done)
     if parallel.main:
-        print(f"{settings.product} after {done} steps: {settings.out / settings.product}; {write_report(settings.out)}")
+        print(
+            f"{settings.product} after {done} steps: {settings.out / settings.product}; {write_report(settings.out)}"
+        )
     return 0
 
 
