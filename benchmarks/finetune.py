@@ -109,7 +109,8 @@ def turned_over(pictures_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Lightness (max + min)/2 of each pixel mirrored, hue and chroma kept; twice gives the picture back."""
     wide = pictures_NHWC.astype(np.int16)
     moved = wide + 255 - wide.max(-1, keepdims=True) - wide.min(-1, keepdims=True)
-    return moved.astype(np.uint8)
+    turned: NDArray[np.uint8] = moved.astype(np.uint8)
+    return turned
 
 
 def dark_ground(pictures_NHWC: NDArray[np.uint8]) -> float:
