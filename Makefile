@@ -104,6 +104,8 @@ figures-engines: $(TEST)/.installed ## measure what docs/engines.md quotes, on a
 
 figures-training: $(TEST)/.installed ## the evidence of docs/training.md and docs/planning.md (many hours; resumes)
 	$(BIN)/cdm-bench ablation --teacher $(RUNS)/teacher/model --out $(RUNS)/ablation --steps 500 --seeds 0,1,2 | tee $(RESULTS)/ablation.txt
+	$(BIN)/cdm-bench finetune --teacher $(RUNS)/teacher/model --student $(RUNS)/emoji-cdm/student --out $(RUNS)/finetune \
+		| tee $(RESULTS)/finetune.txt
 	$(BIN)/cdm-bench training --teacher $(RUNS)/teacher/model --n-max 28 --rounds 12 | tee $(RESULTS)/training.txt
 	$(BIN)/cdm-bench plan | tee $(RESULTS)/plan.txt
 	$(BIN)/cdm-bench plan --blocks | tee $(RESULTS)/plan-blocks.txt

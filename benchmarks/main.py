@@ -110,6 +110,14 @@ COMMANDS = {
         extra="bench",
         epilog="cdm-bench ablation --seeds 0,1,2\ncdm-bench ablation --no-train",
     ),
+    "finetune": Command(
+        "benchmarks.finetune:FinetuneBenchSettings",
+        "benchmarks.finetune:run",
+        "a student learns a new domain: flow matching, CDM, CDM with a regulariser; blur and forgetting",
+        extra="bench",
+        epilog="cdm-bench finetune --teacher runs/teacher/model --student runs/emoji-cdm/student",
+        user_errors=("training.errors:TrainingError",),
+    ),
     "plan": Command(
         "benchmarks.plan:PlanBenchSettings",
         "benchmarks.plan:run",

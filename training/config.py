@@ -153,6 +153,50 @@ class ConsistencyConfig(OptimConfig):
     )
 
 
+class KeepConfig(CDMConfig):
+    """CDM from an existing student towards a fine-tuned teacher, keeping what the student could do."""
+
+    keep_weight: float = Field(
+        1.0,
+        ge=0,
+        description="λ of λ·mean (x̂0 − x̂0 of the old student)² on general prompts; 0: no regulariser",
+    )
+    keep_share: float = Field(
+        0.5, ge=0, lt=1, description="share of every batch that general prompts are; 0: none, nothing is kept"
+    )
+    fake_warmup: int = Field(
+        100,
+        ge=0,
+        description="first iterations in which the fake teacher alone learns: it starts as the teacher",
+    )
+
+    @model_validator(mode="after")
+    def _keeps(self) -> Self:
+        if self.student_rank:
+            raise ValueError(
+                f"student_rank={self.student_rank}: a distilled student's folder has every weight, and goes on with "
+                "every weight; set student_rank=0"
+            )
+        if self.fake_warmup >= self.steps:
+            raise ValueError(
+                f"fake_warmup={self.fake_warmup} leaves the student none of steps={self.steps}; lower it"
+            )
+        if self.keep_weight and not round(self.keep_share * self.batch):
+            raise ValueError(
+                f"keep_weight={self.keep_weight:g} acts on general prompts, and keep_share={self.keep_share:g} of "
+                f"batch={self.batch} is none; raise keep_share, or set keep_weight=0"
+            )
+        return self
+
+
+class FinetuneConfig(OptimConfig):
+    """Flow matching on captioned pictures; the "student" of other fields is what is fine-tuned."""
+
+    caption_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of empty prompts, which guidance needs"
+    )
+
+
 class MachineConfig(BaseModel):
     """How a distillation is computed: a resumed run may change it, and results differ by rounding only."""
 

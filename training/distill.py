@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.families.base import Conditioning, Family
@@ -94,16 +96,24 @@ class Distillation:
     def iterate(self, step: int) -> Values:
         """One iteration: a fake-teacher step, and every `student_every`th time a student step. Everything to log."""
         config = self.config
-        prompts = self.prompts.draw(numpy_generator(config.seed, step, PROMPTS), config.batch)
+        prompts = self.draw_prompts(step)
         sigma_N = self.schedule(step)
         parts = []
         for rows in self.parallel.parts(config.batch, self.micro_batch):
             cond = self.table.rows(prompts[list(rows)], self.device)
             parts.append(Part(rows, cond, self.rollout(sigma_N, cond, self._draws(step, ROLLOUT, rows))))
         values = self.fake_step(step, parts)
-        if step % config.student_every == config.student_every - 1:
+        if self.student_turn(step):
             values |= self.student_step(step, parts)
         return self.parallel.mean(values)
+
+    def draw_prompts(self, step: int) -> NDArray[np.int64]:
+        """Indices of the whole batch's prompts."""
+        return self.prompts.draw(numpy_generator(self.config.seed, step, PROMPTS), self.config.batch)
+
+    def student_turn(self, step: int) -> bool:
+        """Whether the student, too, takes a step."""
+        return step % self.config.student_every == self.config.student_every - 1
 
     def schedule(self, step: int) -> Tensor:
         """Anchors of an iteration, `(N,)`, the same for the whole batch."""
@@ -188,11 +198,17 @@ class Distillation:
                 value, info = of_term(term.x0_RCHW, teacher, fake[term.name], floor)
             loss = loss + term.weight * value
             values |= {term.name if key == "loss" else f"{term.name}_{key}": v for key, v in info.items()}
+        extra, info = self.extra_loss(part, terms)
+        loss, values = loss + extra, values | info
         if "ca" in cond and "dm" in cond:
             values["cos_ca_dm"] = losses.mean_cosine(cond["ca"] - empty["ca"], cond["dm"] - fake["dm"])
         x0_RN = terms[0].x0_RCHW.detach().flatten(1)
         values |= {"student": loss.detach(), "x0_mean": x0_RN.mean(), "x0_std": x0_RN.std(1).mean()}
         return loss, values
+
+    def extra_loss(self, part: Part, terms: Sequence[Term]) -> tuple[Tensor, losses.Info]:
+        """What a method built on this one adds to the objective, with gradient, and what to log of it."""
+        return torch.zeros((), device=self.device), losses.Info()
 
     def terms(self, part: Part, draws: Draws) -> list[Term]:
         """The student's forwards, with gradient, at the anchor (CA, DM) and off the trajectory (CDM), re-noised.

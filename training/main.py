@@ -89,6 +89,30 @@ COMMANDS = {
         extra="train",
         user_errors=USER_ERRORS,
     ),
+    "finetune": Command(
+        "training.recipes_tuning:FinetuneTeacherSettings",
+        "training.recipes_tuning:train_finetune",
+        "fine-tune a teacher by flow matching on captioned pictures",
+        extra="train",
+        epilog="cdm-train finetune --teacher T --pictures my-pictures --out runs/mine\n"
+        "cdm-train finetune --teacher T --pictures P --student-rank 16 --student-alpha 16",
+        user_errors=USER_ERRORS,
+    ),
+    "finetune-student": Command(
+        "training.recipes_tuning:FinetuneStudentSettings",
+        "training.recipes_tuning:train_keep",
+        "fine-tune a distilled student towards its fine-tuned teacher, without blurring it",
+        extra="train",
+        epilog="cdm-train finetune-student --teacher runs/mine/model --student S --prompts mine.txt --general p.txt",
+        user_errors=USER_ERRORS,
+    ),
+    "emoji-finetune-student": Command(
+        "training.recipes_tuning:EmojiKeepSettings",
+        "training.recipes_tuning:train_keep",
+        "the same for the bundled student",
+        extra="train",
+        user_errors=USER_ERRORS,
+    ),
     "evaluate": Command(
         "training.evaluate:EvaluateSettings",
         "training.evaluate:evaluate",

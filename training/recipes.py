@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, create_model
 
@@ -65,10 +65,12 @@ def sd3_consistency() -> ConsistencyConfig:
 class TrainSettings(CommandSettings, MachineConfig, WatchdogConfig):  # type: ignore[misc]  # model_configs are merged
     """What every distillation asks beside its constants."""
 
+    product: ClassVar[str] = "student"
+    """Folder of the result, within OUT."""
+
     teacher: Path = Field(description="the teacher: a local diffusers folder, or a hub id such as org/name")
-    prompts: list[Path] = Field(
-        min_length=1,
-        description="prompt lists (.txt, .jsonl, .parquet; `prompt` and maybe `weight`), or folders of them",
+    teacher_lora: Path | None = Field(
+        None, description="LoRA (file or folder) merged into the teacher before anything else"
     )
     out: Path = Field(description="run folder; the student is written to OUT/student")
     save_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints")
@@ -101,7 +103,16 @@ class TrainSettings(CommandSettings, MachineConfig, WatchdogConfig):  # type: ig
         return str(self.model_config["env_prefix"]).removeprefix("CDM_").rstrip("_").lower()
 
 
-class DistilSettings(TrainSettings, CDMConfig):  # type: ignore[misc]
+class PromptedSettings(TrainSettings):
+    """What is learnt from prompts alone."""
+
+    prompts: list[Path] = Field(
+        min_length=1,
+        description="prompt lists (.txt, .jsonl, .parquet; `prompt` and maybe `weight`), or folders of them",
+    )
+
+
+class DistilSettings(PromptedSettings, CDMConfig):  # type: ignore[misc]
     """Distil a teacher into a few-step student; the same command resumes."""
 
     variant: Variant = Field(
@@ -121,7 +132,7 @@ class DistilSettings(TrainSettings, CDMConfig):  # type: ignore[misc]
         return super().recipe() + ("" if self.variant == "cdm" else f" {self.variant}")
 
 
-class ConsistencySettings(TrainSettings, ConsistencyConfig):  # type: ignore[misc]
+class ConsistencySettings(PromptedSettings, ConsistencyConfig):  # type: ignore[misc]
     """Distil a teacher by continuous-time consistency; the same command resumes."""
 
     def config(self) -> ConsistencyConfig:
@@ -129,13 +140,20 @@ class ConsistencySettings(TrainSettings, ConsistencyConfig):  # type: ignore[mis
         return ConsistencyConfig(**{name: getattr(self, name) for name in ConsistencyConfig.model_fields})
 
 
-RUNTIME_FIELDS = tuple(
-    name for name in DistilSettings.model_fields if name not in CDMConfig.model_fields and name != "variant"
+RUNTIME_FIELDS = (
+    *(
+        name
+        for name in DistilSettings.model_fields
+        if name not in CDMConfig.model_fields and name != "variant"
+    ),
+    "student",
+    "general",
+    "pictures",
 )
 """Settings that a resumed run may change: they decide how it is run, not what it learns."""
 
 
-def _settings(
+def settings_of(
     kind: type[TrainSettings], recipe: Callable[[], OptimConfig], env_prefix: str, others: Mapping[str, Any],
     prompts_help: str = "",
 ) -> type[Any]:  # fmt: skip
@@ -157,42 +175,49 @@ SD3 = Path("stabilityai/stable-diffusion-3-medium-diffusers")
 SD35 = Path("stabilityai/stable-diffusion-3.5-medium")
 LONGCAT = Path("meituan-longcat/LongCat-Image")
 
-EmojiCDMSettings = _settings(
+EmojiCDMSettings = settings_of(
     DistilSettings, emoji_cdm, "CDM_EMOJI_CDM_",
     {"prompts": [Path("data/emoji")], "out": Path("runs/emoji-cdm")}, _EMOJI,
 )  # fmt: skip
-EmojiConsistencySettings = _settings(
+EmojiConsistencySettings = settings_of(
     ConsistencySettings, emoji_consistency, "CDM_EMOJI_CONSISTENCY_",
     {"prompts": [Path("data/emoji")], "out": Path("runs/emoji-consistency")}, _EMOJI,
 )  # fmt: skip
-SD3CDMSettings = _settings(
+SD3CDMSettings = settings_of(
     DistilSettings, sd3_cdm, "CDM_SD3_CDM_", {"teacher": SD3, "out": Path("runs/sd3-cdm")}
 )
-SD35CDMSettings = _settings(
+SD35CDMSettings = settings_of(
     DistilSettings, sd35_cdm, "CDM_SD35_CDM_", {"teacher": SD35, "out": Path("runs/sd35-cdm")}
 )
-LongCatCDMSettings = _settings(
+LongCatCDMSettings = settings_of(
     DistilSettings, longcat_cdm, "CDM_LONGCAT_CDM_", {"teacher": LONGCAT, "out": Path("runs/longcat-cdm")}
 )
-SD3ConsistencySettings = _settings(
+SD3ConsistencySettings = settings_of(
     ConsistencySettings, sd3_consistency, "CDM_SD3_CONSISTENCY_",
     {"teacher": SD3, "out": Path("runs/sd3-consistency")},
 )  # fmt: skip
 
 
-def train_emoji(settings: TrainSettings) -> int:
+def train_emoji(settings: PromptedSettings) -> int:
     """Run a recipe on emoji captions, or on prompt lists."""
-    first = settings.prompts[0]
-    if len(settings.prompts) == 1 and first.is_dir() and not any(first.glob("*.txt")):
-        return _train(settings, emoji_prompts(first))
-    return train_listed(settings)
+    return _train(settings, read_or_emoji(settings.prompts))
 
 
-def train_listed(settings: TrainSettings) -> int:
+def train_listed(settings: PromptedSettings) -> int:
     """Run a recipe on prompt lists."""
     from training.prompts import read_prompts
 
     return _train(settings, read_prompts(settings.prompts))
+
+
+def read_or_emoji(paths: list[Path]) -> Prompts:
+    """Emoji captions of a dataset folder, or prompt lists."""
+    from training.prompts import read_prompts
+
+    first = paths[0]
+    if len(paths) == 1 and (first / "dataset.json").is_file():
+        return emoji_prompts(first)
+    return read_prompts(paths)
 
 
 def emoji_prompts(folder: Path) -> Prompts:

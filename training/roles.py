@@ -144,6 +144,16 @@ class Roles:
             )
             self.fake.mixed.refresh()
 
+    def start_student(self, weights: Mapping[str, Tensor]) -> None:
+        """The student, and its average, begin as these whole float32 weights instead of the teacher's.
+
+        Raises:
+            TrainingError: they are another model's.
+        """
+        placed = _placed(weights, self.student.mixed.trained)
+        self.student.mixed.load(placed)
+        self.ema.load(placed, 0)
+
     @contextmanager
     def averaged(self) -> Iterator[Network]:
         """The student computes with its averaged weights within the block."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from engines.export.source import find_student
 from engines.families.base import Family, FamilyError, load_family
 from training import checkpoint
 from training.adapter import AdapterRecord, save_adapter
-from training.config import CDMConfig, ConsistencyConfig, OptimConfig
+from training.config import CDMConfig, ConsistencyConfig, FinetuneConfig, OptimConfig
 from training.consistency import Consistency
 from training.cpu_kernels import keep_freed_memory
 from training.distill import Distillation, Method, distill
@@ -27,6 +27,7 @@ from training.errors import TrainingError
 from training.grid import tile
 from training.lora import fold
 from training.means import Values
+from training.merge import with_lora
 from training.parallel import Parallel
 from training.prompts import Prompts
 from training.recipes import RUNTIME_FIELDS, TrainSettings
@@ -58,24 +59,53 @@ GRID_STREAM = 1000
 """Far from the streams of `training.distill`."""
 
 
+class MakeMethod(Protocol):
+    """What a run's networks learn: made once all is loaded."""
+
+    def __call__(self, family: Family, roles: Roles, table: EmbeddingTable) -> Method: ...
+
+
 def train(settings: TrainSettings, prompts: Prompts) -> int:
-    """Distil, and write `OUT/student`. The teacher is copied to `OUT/teacher` and read from there alone.
+    """Distil by the settings' own objective; see `run_session`."""
+    config, passes, micro = settings.config(), settings.pass_batch, settings.micro_batch
+
+    def method(family: Family, roles: Roles, table: EmbeddingTable) -> Method:
+        if isinstance(config, ConsistencyConfig):
+            return Consistency(family, config, roles, prompts, table, passes, micro)
+        assert isinstance(config, CDMConfig)
+        return Distillation(family, config, roles, prompts, table, passes, micro)
+
+    return run_session(settings, config, prompts, method)
+
+
+def run_session(
+    settings: TrainSettings, config: OptimConfig, prompts: Prompts, method: MakeMethod,
+    hashes_of: Mapping[str, str] | None = None,
+) -> int:  # fmt: skip
+    """Train, and write `OUT/student` (or `settings.product`). The teacher is copied to `OUT/teacher` and read there.
+
+    `hashes_of`: of what else decides the result, beside teacher and prompts.
 
     Raises:
         TrainingError: an unusable teacher, another run's folder, embeddings that do not fit, or `Diverged`.
     """
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
-    config = settings.config()
     parallel = Parallel.start(settings.device, settings.parallel)
     parallel.require_divisible(config.batch)
     teacher = find_student(settings.teacher).folder
+    if settings.teacher_lora is not None:
+        if parallel.main:
+            with_lora(teacher, settings.teacher_lora, settings.out / "teacher-lora")
+        parallel.barrier()
+        teacher = settings.out / "teacher-lora"
     licences = teacher_licences(teacher)
     hashes, kept = TeacherHashes.of(teacher), settings.out / "teacher"
     identity = {
         "teacher_sha256": hashes.transformer,
         "teacher_components_sha256": hashes.components,
         "prompts_sha256": prompts.sha256(),
+        **(hashes_of or {}),
     }
     _same_teacher(settings, hashes)
     recorded = {**settings.model_dump(mode="json"), **config.model_dump(mode="json"), **identity}
@@ -85,7 +115,8 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
         parallel.main, parallel.agree, parallel.barrier,
     )  # fmt: skip
     require_components(teacher)
-    require_prompts(prompts.texts, config.batch)
+    if not isinstance(config, FinetuneConfig):  # a hundred pictures may share one caption
+        require_prompts(prompts.texts, config.batch)
     if parallel.main:
         keep_teacher(teacher, hashes, kept)
     parallel.barrier()
@@ -108,7 +139,7 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
     )
     roles = Roles(family.transformer, config, parallel, computing)
     require_disk(settings.out, [Need("checkpoints", (settings.keep + 1) * roles.checkpoint_bytes())])
-    work = _method(settings, config, family, roles, prompts, table)
+    work = method(family, roles, table)
 
     trackers: list[Trackers] = []
 
@@ -135,7 +166,7 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
                 save_adapter(settings.out / "adapter", weights, record)
                 base = load_family(kept, torch.float32, only=("transformer",)).transformer
                 weights = fold(dict(base.named_parameters()), weights, size.scale)
-            write_student(kept, settings.out / "student", weights, provenance)
+            write_student(kept, settings.out / settings.product, weights, provenance)
 
     def after(done: int, values: Values) -> None:
         trackers[0].log(done - 1, values)
@@ -154,7 +185,9 @@ def train(settings: TrainSettings, prompts: Prompts) -> int:
             write_report(settings.out)
     export(done)
     if parallel.main:
-        print(f"student after {done} steps: {settings.out / 'student'}; {write_report(settings.out)}")
+        print(
+            f"{settings.product} after {done} steps: {settings.out / settings.product}; {write_report(settings.out)}"
+        )
     return 0
 
 
@@ -177,15 +210,6 @@ def set_resolution(family: Family, side: int) -> None:
             f"--resolution={side}: the teacher's position table ends at {table * unit}; give at most that"
         )
     family.latent_size = (side // family.downscale, side // family.downscale)
-
-
-def _method(
-    settings: TrainSettings, config: OptimConfig, family: Family, roles: Roles, prompts: Prompts, table: EmbeddingTable
-) -> Method:  # fmt: skip
-    if isinstance(config, ConsistencyConfig):
-        return Consistency(family, config, roles, prompts, table, settings.pass_batch, settings.micro_batch)
-    assert isinstance(config, CDMConfig)
-    return Distillation(family, config, roles, prompts, table, settings.pass_batch, settings.micro_batch)
 
 
 def draw_grid(path: Path, work: Method, prompts: Prompts, table: EmbeddingTable) -> NDArray[np.uint8]:

@@ -41,8 +41,8 @@ class TeacherHashes:
     """Of every file that `keep_teacher` copies."""
 
     @classmethod
-    def of(cls, folder: Path) -> Self:
-        """Read them all.
+    def of(cls, folder: Path, flag: str = "--teacher") -> Self:
+        """Read them all; `flag` named the folder.
 
         Raises:
             TrainingError: the folder has no safetensors transformer, or lacks a component.
@@ -50,7 +50,7 @@ class TeacherHashes:
         files = sorted((folder / "transformer").glob("*.safetensors"))
         if not files:
             raise TrainingError(
-                f"{folder} has no transformer/*.safetensors; --teacher takes a local diffusers folder"
+                f"{folder} has no transformer/*.safetensors; {flag} takes a local diffusers folder"
             )
         digest = hashlib.sha256()
         for file in files:
