@@ -5,7 +5,7 @@
     for step in run.steps(start, state):          # saves every few minutes, and when told to stop
         run.log(step, loss=train_step(step))
 
-"To resume training, run the same command again." Random numbers come from `(seed, step)` only (`generator`), so
+"To resume training, run the same command again." Random numbers come from `(seed, step)` only (`training/draws.py`), so
 nothing but tensors and counters has to be saved, and a resumed run draws what an uninterrupted one would have drawn.
 """
 
@@ -23,7 +23,6 @@ from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -60,14 +59,8 @@ def config_sha256(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """Torch randomness of one step: equal `(seed, step, stream)` draw equal numbers, in whatever process."""
-    mixed = np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
-
-
 def numpy_generator(seed: int, step: int, stream: int = 0) -> np.random.Generator:
-    """As `generator`, for numpy."""
+    """Numpy randomness of one step: equal `(seed, step, stream)` draw equal numbers, in whatever process."""
     return np.random.default_rng([seed, step, stream])
 
 

@@ -63,7 +63,9 @@ def run(folder: Path, case: Case) -> None:
         first, same = saved.step, holds(roles, saved)
     values = [work.iterate(step) for step in range(first, case.steps)]
     if case.save:
-        checkpoint.save(Path(case.save), case.steps, roles.tensors(), roles.counters(), main=roles.parallel.main)
+        checkpoint.save(
+            Path(case.save), case.steps, roles.tensors(), roles.counters(), main=roles.parallel.main
+        )
         roles.parallel.barrier()
     weights = roles.student_weights()
     if work.roles.parallel.main:
@@ -82,7 +84,9 @@ def holds(roles: Roles, saved: checkpoint.Checkpoint) -> bool:
         f"{group}/{name}"
         for group, tensors in now.items()
         for read in [saved.tensors(group)]
-        for name in sorted(tensors.keys() | read.keys())  # every process in one order: `whole` is a collective
+        for name in sorted(
+            tensors.keys() | read.keys()
+        )  # every process in one order: `whole` is a collective
         if name not in tensors or name not in read or not torch.equal(whole(tensors[name]), read[name])
     ]
     print(*wrong, sep="\n")
