@@ -285,11 +285,13 @@ def distill(
     watchdog: Watchdog | None = None,
     start: Callable[[int], None] = lambda step: None,
     after: Callable[[int, Values], None] = lambda done, values: None,
+    score: Callable[[int], checkpoint.Score | None] = lambda done: None,
 ) -> int:
     """Iterate until `run` is complete, from its newest checkpoint if it has one; the number of iterations behind it.
 
     `start` is told the first iteration, `after` the number of iterations done and what the last one logged: trackers,
-    sample grids, exports.
+    sample grids, exports. `score` rates the student after that number of iterations, or does not: a checkpoint with a
+    score is saved then, and the best is kept.
 
     Raises:
         Diverged: a loss or gradient is not finite; the step is in no checkpoint.
@@ -300,7 +302,7 @@ def distill(
     first = run.resume(state)
     start(first)
     with cpu_kernels():
-        for step in run.steps(first, state):
+        for step in run.steps(first, state, score):
             values = work.iterate(step)
             run.log(step, every=1, **values)
             verdict = watchdog.observe(step, values)
