@@ -27,19 +27,36 @@ def toy(seed: int = 0) -> tuple[Distillation, Probe]:
     return Distillation(family, CONFIG, roles, prompts, table), Probe(family, roles, prompts, table, 128, 256)
 
 
+def push(roles: Roles, amount: float) -> None:
+    """Move the student's velocity, and so its samples, off by `amount` along both axes."""
+    with torch.no_grad():
+        for values in (roles.student.masters, roles.ema.average):
+            values["mlp.4.bias"] += amount
+
+
 def test_it_falls_as_the_student_nears_the_target_and_leaves_everything_as_it_was():
     work, probe = toy()
     transformer = work.family.transformer
-    untrained = probe.score()
-    assert untrained == probe.score()
+    push(work.roles, 1.0)
+    far = probe.score()
+    assert far == probe.score()
+    assert far.lower_is_better
     for step in range(CONFIG.steps):
         work.iterate(step)
     before = {name: value.clone() for name, value in work.roles.student.masters.items()}
-    trained = probe.score()
+    assert probe.score().value < 0.3 * far.value
     assert work.family.transformer is transformer
     assert all(torch.equal(value, before[name]) for name, value in work.roles.student.masters.items())
-    assert trained.lower_is_better
-    assert trained.value < 0.5 * untrained.value
+
+
+def test_the_farther_off_the_worse():
+    work, probe = toy()
+    scores = []
+    for _ in range(4):
+        scores.append(probe.score().value)
+        push(work.roles, 0.3)
+    assert scores == sorted(scores)
+    assert scores[-1] > 4 * scores[0]
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -58,6 +75,10 @@ def test_a_collapsed_toy_student_is_worse_than_the_undistilled_one():
     untrained = probe.score().value
 
     class Collapsed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
         def forward(self, x_B2, sigma_B, weight_BK):  # the velocity to each prompt's mean
             mean_B2 = weight_BK @ torch.tensor(list(MEANS.values()))
             return (x_B2 - mean_B2) / sigma_B[:, None]

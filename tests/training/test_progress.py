@@ -7,7 +7,9 @@ import pytest
 from training.progress import Bar, line
 
 
-def told(capsys: pytest.CaptureFixture[str], start: int, total: int, seconds_a_step: float, shown: bool = True) -> list[str]:  # fmt: skip
+def told(
+    capsys: pytest.CaptureFixture[str], start: int, total: int, seconds_a_step: float, shown: bool = True
+) -> list[str]:
     now = [1000.0]
     with Bar("toy", total, start, shown, lambda: now[0]) as bar:
         for done in range(start + 1, total + 1):
