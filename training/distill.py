@@ -192,6 +192,8 @@ class Distillation:
             values["cos_ca_dm"] = losses.mean_cosine(cond["ca"] - empty["ca"], cond["dm"] - fake["dm"])
         x0_RN = terms[0].x0_RCHW.detach().flatten(1)
         values |= {"student": loss.detach(), "x0_mean": x0_RN.mean(), "x0_std": x0_RN.std(1).mean()}
+        # The teacher's own prediction there: what a sane spread is, whatever the run was from its first step on.
+        values["teacher_std"] = cond[terms[0].name].flatten(1).std(1).mean()
         return loss, values
 
     def terms(self, part: Part, draws: Draws) -> list[Term]:
