@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.errors import Diverged, TrainingError
-from training.parallel import like, local, whole
+from training.parallel import local, whole
 
 
 @dataclass(frozen=True)
@@ -236,54 +236,3 @@ def require_same_tensors(saved: Mapping[str, Tensor], present: Mapping[str, Tens
                 f"the checkpoint's {name} is {tuple(tensor.shape)}, this model's is {tuple(present[name].shape)}; "
                 "use the settings it was written with, or another --out"
             )
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """An optimizer's state as flat tensors: `<parameter name>.<state name>`.
-
-    `parameters`: the model's, by name, in the optimizer's order; where they are sharded, so is the state that has
-    their (local) shape. None: they are named by their position.
-    """
-    state = optimizer.state_dict()["state"]
-    named = _by_position(optimizer) if parameters is None else parameters
-    flat: dict[str, Tensor] = {}
-    for index, (name, parameter) in enumerate(named.items()):
-        for key, value in state.get(index, {}).items():
-            tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
-            of_its_shape = tensor.ndim > 0 and tensor.shape == local(parameter).shape
-            flat[f"{name}.{key}"] = like(tensor, parameter) if of_its_shape else tensor
-    return flat
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, Tensor],
-    parameters: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Put back what `optimizer_tensors` took; the parameter groups (learning rates …) stay as configured now.
-
-    Raises:
-        TrainingError: the tensors belong to another set of parameters.
-    """
-    named = _by_position(optimizer) if parameters is None else parameters
-    index_of = {name: index for index, name in enumerate(named)}
-    saved = {key.rpartition(".")[0] for key in tensors}
-    if unknown := sorted(saved - index_of.keys()):
-        raise TrainingError(
-            f"checkpoint has optimizer state for {len(saved)} parameters, this model has {len(index_of)} and not "
-            f"{', '.join(unknown[:3])}; use the settings it was written with, or another --out"
-        )
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, kind = key.rpartition(".")
-        parameter = named[name]
-        part = place(value, parameter) if value.ndim > 0 and value.shape == parameter.shape else value
-        state.setdefault(index_of[name], {})[kind] = part
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _by_position(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {str(index): parameter for index, parameter in enumerate(parameters)}

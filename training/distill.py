@@ -204,6 +204,8 @@ class Distillation:
             values["cos_ca_dm"] = losses.mean_cosine(cond["ca"] - empty["ca"], cond["dm"] - fake["dm"])
         x0_RN = terms[0].x0_RCHW.detach().flatten(1)
         values |= {"student": loss.detach(), "x0_mean": x0_RN.mean(), "x0_std": x0_RN.std(1).mean()}
+        # The teacher's own prediction there: what a sane spread is, whatever the run was from its first step on.
+        values["teacher_std"] = cond[terms[0].name].flatten(1).std(1).mean()
         return loss, values
 
     def extra_loss(self, part: Part, terms: Sequence[Term]) -> tuple[Tensor, losses.Info]:
@@ -301,11 +303,13 @@ def distill(
     watchdog: Watchdog | None = None,
     start: Callable[[int], None] = lambda step: None,
     after: Callable[[int, Values], None] = lambda done, values: None,
+    score: Callable[[int], checkpoint.Score | None] = lambda done: None,
 ) -> int:
     """Iterate until `run` is complete, from its newest checkpoint if it has one; the number of iterations behind it.
 
     `start` is told the first iteration, `after` the number of iterations done and what the last one logged: trackers,
-    sample grids, exports.
+    sample grids, exports. `score` rates the student after that number of iterations, or does not: a checkpoint with a
+    score is saved then, and the best is kept.
 
     Raises:
         Diverged: a loss or gradient is not finite; the step is in no checkpoint.
@@ -316,7 +320,7 @@ def distill(
     first = run.resume(state)
     start(first)
     with cpu_kernels():
-        for step in run.steps(first, state):
+        for step in run.steps(first, state, score):
             values = work.iterate(step)
             run.log(step, every=1, **values)
             verdict = watchdog.observe(step, values)

@@ -81,6 +81,9 @@ class TrainSettings(CommandSettings, MachineConfig, WatchdogConfig):  # type: ig
     export_every: int = Field(
         0, ge=0, description="steps between exports of the averaged student; 0: at the end only"
     )
+    score_every: int = Field(
+        0, ge=0, description="steps between scores, each with a checkpoint; the best is kept. 0: none"
+    )
     tracker: Kind = Field(
         "tensorboard",
         description="where curves and grids are sent as well: OUT/tensorboard, Weights & Biases",

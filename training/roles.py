@@ -23,6 +23,7 @@ from training.ema import EMA
 from training.errors import TrainingError
 from training.lora import Adapters, Size, add_adapters
 from training.optim import MixedPrecision, adamw, cooled, warmup
+from training.optimizer_state import load_optimizer, optimizer_tensors
 from training.parallel import Parallel, laid_out, whole
 from training.recompute import recompute_blocks
 from training.requirements import checkpoint_bytes
@@ -191,7 +192,7 @@ class Roles:
         }
         for name, trained in self._trained().items():
             groups[name] = laid_out(trained.masters, trained.mixed.trained)
-            groups[f"{name}_adamw"] = checkpoint.optimizer_tensors(trained.optimizer, trained.mixed.trained)
+            groups[f"{name}_adamw"] = optimizer_tensors(trained.optimizer, trained.mixed.trained)
         return groups
 
     def counters(self) -> Mapping[str, Any]:
@@ -210,7 +211,7 @@ class Roles:
                 raise TrainingError(f"{saved.path} holds no {name}; it is another method's checkpoint")
             parameters = trained.mixed.trained
             trained.mixed.load(_placed(saved.tensors(name), parameters))
-            checkpoint.load_optimizer(trained.optimizer, saved.tensors(f"{name}_adamw"), parameters)
+            load_optimizer(trained.optimizer, saved.tensors(f"{name}_adamw"), parameters)
             trained.updates = saved.meta[f"{name}_updates"]
         average = _placed(saved.tensors("student_ema"), self.student.mixed.trained)
         self.ema.load(average, saved.meta["ema_updates"])

@@ -5,7 +5,7 @@
     for step in run.steps(start, state):          # saves every few minutes, and when told to stop
         run.log(step, loss=train_step(step))
 
-"To resume training, run the same command again." Random numbers come from `(seed, step)` only (`generator`), so
+"To resume training, run the same command again." Random numbers come from `(seed, step)` only (`training/draws.py`), so
 nothing but tensors and counters has to be saved, and a resumed run draws what an uninterrupted one would have drawn.
 """
 
@@ -23,20 +23,12 @@ from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 from engines.files import write_text_atomically
 from training import checkpoint
 from training.errors import Collapsed, Diverged, TrainingError
+from training.progress import Bar
 
 LOG = "log.jsonl"
 CONFIG = "config.json"
@@ -60,14 +52,8 @@ def config_sha256(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """Torch randomness of one step: equal `(seed, step, stream)` draw equal numbers, in whatever process."""
-    mixed = np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
-
-
 def numpy_generator(seed: int, step: int, stream: int = 0) -> np.random.Generator:
-    """As `generator`, for numpy."""
+    """Numpy randomness of one step: equal `(seed, step, stream)` draw equal numbers, in whatever process."""
     return np.random.default_rng([seed, step, stream])
 
 
@@ -167,31 +153,32 @@ class Run:
             raise TrainingError(f"another process could not save the checkpoint of step {step}; it says why")
         self._saved_step = step
 
-    def steps(self, start: int, state: State) -> Iterator[int]:
+    def steps(
+        self, start: int, state: State, score: Callable[[int], checkpoint.Score | None] = lambda done: None
+    ) -> Iterator[int]:
         """Yield `start … total − 1`; save every `save_minutes`, at the end, and on SIGTERM or Ctrl-C, then stop.
+
+        Where `score` of the number of steps done gives one, a checkpoint is saved with it (in all processes alike).
 
         Raises:
             SystemExit: stopped by a signal: 128 + its number, as shells count (130 for Ctrl-C, 143 for SIGTERM).
         """
         previous = {sig: signal.signal(sig, self._on_signal) for sig in (signal.SIGTERM, signal.SIGINT)}
         saved_at = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
         try:
-            with Progress(*columns, refresh_per_second=1, disable=not self.main) as bar:
-                task = bar.add_task(self.folder.name, total=self.total, completed=start, note="")
+            with Bar(self.folder.name, self.total, start, self.main) as bar:
                 for step in range(start, self.total):
                     yield step
-                    note = " ".join(f"{key} {value:.4g}" for key, value in self._running.items())
-                    bar.update(task, completed=step + 1, note=note)
+                    bar.update(step + 1, self._running)
+                    rated = score(step + 1)
                     # The first process's clock decides, and a signal to any stops all.
                     due = self.main and time.monotonic() - saved_at > self.save_seconds
                     stop = self.agree(self._stopped_by is not None)
-                    if (self.agree(due) or stop) and self._saved_step != step + 1:
-                        self.save(step + 1, state)
+                    if rated is not None or ((self.agree(due) or stop) and self._saved_step != step + 1):
+                        self.save(step + 1, state, rated)
                         saved_at = time.monotonic()
                     if stop:
-                        bar.console.print(f"stopped at step {step + 1}; the same command goes on from there")
+                        bar.say(f"stopped at step {step + 1}; the same command goes on from there")
                         raise SystemExit(128 + (self._stopped_by or signal.SIGTERM))
             if start < self.total and self._saved_step != self.total:
                 self.save(self.total, state)

@@ -23,12 +23,13 @@ from training.distill import Distillation, Method, distill
 from training.embedding_cache import EmbeddingCache
 from training.embeddings import EmbeddingTable, embed_prompts
 from training.environment import record_start
-from training.errors import TrainingError
+from training.errors import Collapsed, TrainingError
 from training.grid import tile
 from training.lora import fold
 from training.means import Values
 from training.merge import with_lora
 from training.parallel import Parallel
+from training.probe import Probe
 from training.prompts import Prompts
 from training.recipes import RUNTIME_FIELDS, TrainSettings
 from training.report.write import write_report
@@ -176,8 +177,23 @@ def run_session(
         if settings.export_every and done % settings.export_every == 0 and done < config.steps:
             export(done)
 
+    probe = Probe(family, roles, prompts, table, settings.pass_batch) if settings.score_every else None
+
+    def score(done: int) -> checkpoint.Score | None:
+        if probe is None or (done % settings.score_every and done < config.steps):
+            return None
+        rated = probe.score()
+        run.record(done - 1, event="score", score=rated.value)
+        return rated
+
     try:
-        done = distill(work, run, Watchdog(settings.watchdog_config()), start, after)
+        done = distill(work, run, Watchdog(settings.watchdog_config()), start, after, score)
+    except Collapsed as error:
+        if (best := checkpoint.best(run.folder / "checkpoints")) is None:
+            raise
+        roles.restore(best)
+        export(best.step)
+        raise Collapsed(f"{error}; {settings.out / 'student'} is the one of {best.path.name}") from error
     finally:
         for each in trackers:
             each.close()
@@ -185,6 +201,8 @@ def run_session(
             write_report(settings.out)
     export(done)
     if parallel.main:
+        if (best := checkpoint.best(run.folder / "checkpoints")) is not None and best.score is not None:
+            print(f"best score: {best.path.name} ({best.score.value:.4g}, lower is better)")
         print(
             f"{settings.product} after {done} steps: {settings.out / settings.product}; {write_report(settings.out)}"
         )

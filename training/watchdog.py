@@ -5,7 +5,9 @@
         verdict = watchdog.observe(step, values)      # level ok | warn | stop, and a diagnosis in words
 
 Every signal is smoothed exponentially over the steps that log it. Most are judged against the run's own first
-observations (their mean), for what is normal differs between teachers. Beyond a warning limit it warns once an
+observations (their mean), for what is normal differs between teachers; two quotients are not, so that a run which is
+broken from its first steps is seen too: x0_std over the teacher's (teacher_std), and how far the fake teacher is from
+the teacher over how far the samples are (`…_delta` over `…_distance`). Beyond a warning limit it warns once an
 episode, and again when that is over; beyond the stop limit for `watchdog_patience` observations running it stops.
 """
 
@@ -44,6 +46,14 @@ class WatchdogConfig(BaseModel):
     watchdog_ca: float = Field(10.0, gt=1, description="stop: factor of the CFG-augmentation loss")
     watchdog_distance: float = Field(8.0, gt=1, description="stop: factor of a mean distance to the teacher")
     watchdog_norm: float = Field(30.0, gt=1, description="stop: factor of a gradient norm")
+    watchdog_gap: float = Field(
+        0.01, ge=0, lt=1, description="warn: |teacher − fake teacher| below this share of |teacher − sample|"
+    )
+    watchdog_spread: float = Field(
+        2.5,
+        gt=1,
+        description="stop: factor, up or down, of x0_std against the teacher's own x̂0 (teacher_std)",
+    )
     watchdog_floored: float = Field(
         0.995, gt=0, le=1, description="warn: share of samples at the weight's floor"
     )
@@ -83,6 +93,7 @@ class Rule:
 
 SPREAD = "the student's latents {what}; lower lr_student or guidance, or raise fake updates (student_every)"
 FAKE = "the fake teacher does not follow the student and DM is meaningless; raise lr_fake or student_every"
+SAME = "the fake teacher is still the teacher and DM does nothing; raise lr_fake, unless the student has converged"
 GROWTH = "the student moves away from the teacher; lower guidance, weight_ca or lr_student"
 NORM = "updates are erratic; lower the learning rate (lr_student, lr_fake) or lengthen warmup"
 FLOOR = "the weight no longer adapts to the sample; lower weight_floor"
@@ -101,7 +112,7 @@ class Watchdog:
         if self.config.watchdog == "off":
             return Verdict("ok")
         stops, warns = [], []
-        for name, value in values.items():
+        for name, value in (*values.items(), *self._ratios(values).items()):
             if not math.isfinite(value):
                 stops.append(f"{name}={value}: no longer a number; lower the learning rates or guidance")
                 continue
@@ -145,9 +156,22 @@ class Watchdog:
             decay = self.config.watchdog_smoothing
             signal.smooth = decay * signal.smooth + (1 - decay) * value
 
+    def _ratios(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Signals that are sane or not by themselves, without the run's own beginning: quotients of logged values."""
+        pairs = {
+            "x0_spread": ("x0_std", "teacher_std"),
+            "dm_gap": ("dm_delta", "dm_distance"),
+            "cdm_gap": ("cdm_delta", "cdm_distance"),
+        }
+        return {
+            name: values[over] / max(values[under], 1e-12)
+            for name, (over, under) in pairs.items()
+            if over in values and under in values
+        }
+
     def _watched(self, name: str) -> bool:
-        known = ("x0_std", "x0_mean", "fake", "ca", "cos_ca_dm")
-        return name in known or name.endswith(("_distance", "_norm", "_floored"))
+        known = ("x0_std", "x0_spread", "x0_mean", "fake", "ca", "cos_ca_dm")
+        return name in known or name.endswith(("_distance", "_norm", "_floored", "_gap"))
 
     def _rule(self, name: str, signal: Signal) -> Rule:
         config, now, reference = self.config, signal.smooth, signal.reference
@@ -155,6 +179,15 @@ class Watchdog:
             return self._absolute(name, -now, config.watchdog_cosine, OPPOSED)
         if name.endswith("_floored"):
             return self._absolute(name, now, config.watchdog_floored, FLOOR)
+        if name.endswith("_gap"):
+            text = f"{name} is {now:.3g} (limit {config.watchdog_gap:g}): {SAME}"
+            return Rule(config.watchdog_gap / max(now, 1e-12), text, stops=False)
+        if name == "x0_spread":
+            what = "are wider than" if now > 1 else "are narrower than"
+            factor = max(now, 1 / max(now, 1e-12))
+            advice = SPREAD.format(what=f"{what} the teacher's")
+            text = f"x0_std is {now:.2g}× the teacher's own (limit {config.watchdog_spread:g}×): {advice}"
+            return Rule(math.log(factor) / math.log(config.watchdog_spread), text)
         if name == "x0_mean":
             spread = self.signals["x0_std"].reference if "x0_std" in self.signals else 1.0
             shift = abs(now - reference) / max(spread, 1e-12)

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from engines.families.base import load_family
 from tests.training.tiny_distillation import TEXTS, tiny_config
+from training import checkpoint
 from training.distill import Distillation
 from training.embeddings import embed_in_memory
-from training.parallel import Parallel
+from training.parallel import Parallel, whole
 from training.prompts import Prompts
 from training.roles import Computing, Roles
 
@@ -28,6 +29,10 @@ class Case:
     mode: str = "ddp"
     micro_batch: int = 0
     steps: int = 4
+    save: str = ""
+    """Where a checkpoint is written after `steps`; beside `out`."""
+    resume: str = ""
+    """Whence to go on, up to `steps` in all."""
     changes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -50,14 +55,42 @@ def work_on(folder: Path, case: Case) -> Distillation:
 
 def run(folder: Path, case: Case) -> None:
     work = work_on(folder, case)
-    values = [work.iterate(step) for step in range(case.steps)]
-    weights = work.roles.student_weights()
+    roles, first, same = work.roles, 0, True
+    if case.resume:
+        saved = checkpoint.latest(Path(case.resume))
+        assert saved is not None
+        roles.restore(saved)
+        first, same = saved.step, holds(roles, saved)
+    values = [work.iterate(step) for step in range(first, case.steps)]
+    if case.save:
+        checkpoint.save(
+            Path(case.save), case.steps, roles.tensors(), roles.counters(), main=roles.parallel.main
+        )
+        roles.parallel.barrier()
+    weights = roles.student_weights()
     if work.roles.parallel.main:
         out = Path(case.out)
         out.mkdir(parents=True)
         save_file(weights, out / "weights.safetensors")
-        (out / "values.json").write_text(json.dumps({"world": work.roles.parallel.world, "values": values}))
+        told = {"world": work.roles.parallel.world, "values": values, "same": same}
+        (out / "values.json").write_text(json.dumps(told))
     work.roles.parallel.barrier()
+
+
+def holds(roles: Roles, saved: checkpoint.Checkpoint) -> bool:
+    """Whether what a checkpoint would now be written of is what was read, to the bit, in every process."""
+    now = roles.tensors()
+    wrong = [
+        f"{group}/{name}"
+        for group, tensors in now.items()
+        for read in [saved.tensors(group)]
+        for name in sorted(
+            tensors.keys() | read.keys()
+        )  # every process in one order: `whole` is a collective
+        if name not in tensors or name not in read or not torch.equal(whole(tensors[name]), read[name])
+    ]
+    print(*wrong, sep="\n")
+    return not roles.parallel.agree(bool(wrong))
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from training import checkpoint
 from training.errors import Diverged, TrainingError
+from training.optimizer_state import load_optimizer, optimizer_tensors
 
 
 def weights(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -138,13 +139,11 @@ def trained(seed: int) -> tuple[torch.nn.Linear, torch.optim.AdamW]:
 
 def test_an_optimizer_goes_on_exactly_as_if_it_had_not_been_saved(tmp_path):
     net, optimizer = trained(0)
-    checkpoint.save(
-        tmp_path, 1, {"net": net.state_dict(), "adamw": checkpoint.optimizer_tensors(optimizer)}, {}
-    )
+    checkpoint.save(tmp_path, 1, {"net": net.state_dict(), "adamw": optimizer_tensors(optimizer)}, {})
     other, resumed = trained(1)
     found = checkpoint.latest(tmp_path)
     other.load_state_dict(found.tensors("net"))
-    checkpoint.load_optimizer(resumed, found.tensors("adamw"))
+    load_optimizer(resumed, found.tensors("adamw"))
     for model, steps in ((net, optimizer), (other, resumed)):
         model(torch.ones(1, 3)).square().sum().backward()
         steps.step()
@@ -155,16 +154,16 @@ def test_an_optimizer_of_other_parameters_is_refused():
     _, optimizer = trained(0)
     small = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(TrainingError, match="optimizer state for 2 parameters, this model has 1"):
-        checkpoint.load_optimizer(small, checkpoint.optimizer_tensors(optimizer))
+        load_optimizer(small, optimizer_tensors(optimizer))
 
 
 def test_optimizer_state_is_named_and_finds_its_parameter_in_another_order():
     net, optimizer = trained(0)
-    tensors = checkpoint.optimizer_tensors(optimizer, dict(net.named_parameters()))
+    tensors = optimizer_tensors(optimizer, dict(net.named_parameters()))
     assert {"weight.exp_avg", "bias.exp_avg_sq", "bias.step"} <= tensors.keys()
     turned = dict(reversed(list(net.named_parameters())))
     other = torch.optim.AdamW(turned.values(), lr=0.1)
-    checkpoint.load_optimizer(other, tensors, turned)
+    load_optimizer(other, tensors, turned)
     for key in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(other.state[net.weight][key], optimizer.state[net.weight][key])
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from training import checkpoint
+from training.draws import generator
 from training.emoji import evaluator as recipe
 from training.emoji.augment import augment
 from training.emoji.dataset import EmojiDataset
@@ -24,7 +25,6 @@ from training.emoji.evaluator import (
 from training.emoji.splits import SPLITS
 from training.errors import TrainingError
 from training.evaluator import ASSETS, Evaluator, EvaluatorConfig, TextTower, token_ids
-from training.run import generator
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_captions_are_cut_and_padded_to_one_length():
 def test_augmentation_moves_and_blurs_but_keeps_white_backgrounds_and_never_mirrors():
     picture = np.full((64, 64, 64, 3), 255, np.uint8)
     picture[:, 24:40, 8:24] = (200, 0, 0)  # left of the middle
-    x = augment(picture, 64, np.random.default_rng(0), generator(0, 0))
+    x = augment(picture, 64, np.random.default_rng(0), generator(0, 0, 0))
     assert x.shape == (64, 3, 64, 64)
     redness = (x[:, 0] - x[:, 1]).clamp(min=0.3) - 0.3
     columns = (redness.sum(1) * torch.arange(64)).sum(1) / redness.sum((1, 2))

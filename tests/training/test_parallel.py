@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,13 +30,40 @@ TOGETHER = {
     "fsdp": Case("fsdp", "fsdp"),
     "fsdp of LoRA": Case("fsdp-lora", "fsdp", changes=LORA),
 }
+HALF = 2
+BEGUN_ALONE = {
+    "full": Case("half", steps=HALF, save="half-saved"),
+    "lora": Case("half-lora", steps=HALF, save="half-lora-saved", changes=LORA),
+}
+BEGUN_TOGETHER = {
+    "fsdp": Case("fsdp-half", "fsdp", steps=HALF, save="fsdp-half-saved"),
+    "fsdp of LoRA": Case("fsdp-half-lora", "fsdp", steps=HALF, save="fsdp-half-lora-saved", changes=LORA),
+}
+GONE_ON_TOGETHER = {
+    "alone → fsdp": Case("1-2", "fsdp", resume="half-saved"),
+    "alone → fsdp of LoRA": Case("1-2-lora", "fsdp", resume="half-lora-saved", changes=LORA),
+    "alone → ddp": Case("1-ddp", resume="half-saved"),
+    "fsdp → fsdp": Case("2-2", "fsdp", resume="fsdp-half-saved"),
+    "fsdp of LoRA → fsdp of LoRA": Case("2-2-lora", "fsdp", resume="fsdp-half-lora-saved", changes=LORA),
+}
+GONE_ON_ALONE = {
+    "fsdp → alone": Case("2-1", resume="fsdp-half-saved"),
+    "fsdp of LoRA → alone": Case("2-1-lora", resume="fsdp-half-lora-saved", changes=LORA),
+    "alone → alone": Case("1-1", resume="half-saved"),
+}
 
 
 def run(folder: Path, out: Path, processes: int, cases: Iterable[Case]) -> None:
     command = [sys.executable, "-W", "ignore"]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    placed = [replace(case, out=str(out / case.out)).write() for case in cases]
+    placed = [
+        replace(
+            case, out=str(out / case.out), save=case.save and str(out / case.save),
+            resume=case.resume and str(out / case.resume),
+        ).write()
+        for case in cases
+    ]  # fmt: skip
     done = subprocess.run(
         [*command, str(ROOT / "tests/training/parallel_worker.py"), str(folder), *placed],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=400,
@@ -47,9 +75,23 @@ def run(folder: Path, out: Path, processes: int, cases: Iterable[Case]) -> None:
 @pytest.fixture(scope="module")
 def results(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("parallel")
-    run(tiny_model, out, 1, ALONE.values())
-    run(tiny_model, out, 2, TOGETHER.values())
+    run(tiny_model, out, 1, [*ALONE.values(), *BEGUN_ALONE.values()])
+    run(tiny_model, out, 2, [*TOGETHER.values(), *BEGUN_TOGETHER.values(), *GONE_ON_TOGETHER.values()])
+    run(tiny_model, out, 1, GONE_ON_ALONE.values())
     return out
+
+
+def told(out: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((out / "values.json").read_text())
+    return read
+
+
+def near(wanted: Path, got: Path) -> None:
+    a, b = (load_file(out / "weights.safetensors") for out in (wanted, got))
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        # Adam's first steps are about lr·sign(g): where a gradient is nearly 0 its sign is rounding.
+        assert (b[key] - value).abs().mean() < 1e-5, key
 
 
 @pytest.mark.slow
@@ -57,18 +99,41 @@ def results(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_learn_what_one_does(results, name):
     case = TOGETHER[name]
     one, two = results / ("lora" if case.changes else "full"), results / case.out
-    alone, both = (json.loads((out / "values.json").read_text()) for out in (one, two))
+    alone, both = told(one), told(two)
     assert (alone["world"], both["world"]) == (1, 2)
     for mine, theirs in zip(alone["values"], both["values"], strict=True):
         assert theirs == pytest.approx(mine, rel=2e-3, abs=1e-5)
-    wanted, got = (load_file(out / "weights.safetensors") for out in (one, two))
-    assert wanted.keys() == got.keys()
-    for key, value in wanted.items():
-        # Adam's first steps are about lr·sign(g): where a gradient is nearly 0 its sign is rounding.
-        assert (got[key] - value).abs().mean() < 1e-5, key
+    near(one, two)
     if case.changes:
+        got = load_file(two / "weights.safetensors")
         assert all(".lora_" in key for key in got)
         assert any(value.any() for key, value in got.items() if ".lora_B." in key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*GONE_ON_TOGETHER, *GONE_ON_ALONE])
+def test_a_checkpoint_goes_on_in_another_world_size_as_if_it_had_not_been_saved(results, name):
+    case = {**GONE_ON_TOGETHER, **GONE_ON_ALONE}[name]
+    whole, after = results / ("lora" if case.changes else "full"), results / case.out
+    assert told(after)["same"]  # weights, average and moments come back to the bit, however they are laid out
+    for mine, theirs in zip(told(whole)["values"][HALF:], told(after)["values"], strict=True):
+        assert theirs == pytest.approx(mine, rel=2e-3, abs=1e-5)
+    near(whole, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("whole", "after"),
+    [
+        (TOGETHER["fsdp"], GONE_ON_TOGETHER["fsdp → fsdp"]),
+        (TOGETHER["fsdp of LoRA"], GONE_ON_TOGETHER["fsdp of LoRA → fsdp of LoRA"]),
+        (ALONE["full"], GONE_ON_ALONE["alone → alone"]),
+    ],
+)
+def test_in_the_same_world_size_it_goes_on_to_the_bit(results, whole, after):
+    assert told(results / whole.out)["values"][HALF:] == told(results / after.out)["values"]
+    a, b = (load_file(results / case.out / "weights.safetensors") for case in (whole, after))
+    assert all(torch.equal(a[key], b[key]) for key in a.keys() | b.keys())
 
 
 def test_samples_are_divided_without_gap_or_overlap():

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from training import checkpoint
+from training.draws import generator
 from training.errors import Diverged, TrainingError
-from training.run import Run, config_sha256, generator, numpy_generator
+from training.run import Run, config_sha256, numpy_generator
 
 
 class Counter:
@@ -48,7 +49,7 @@ def go(
     for step in run.steps(run.resume(state), state):
         if step == die_at:
             raise KeyboardInterrupt
-        state.value += torch.rand(1, generator=generator(0, step))
+        state.value += torch.rand(1, generator=generator(0, step, 0))
         run.log(step, every=1, value=float(state.value))
         if step == stop_at:
             os.kill(os.getpid(), by)

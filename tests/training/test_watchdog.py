@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 
 import pytest
@@ -34,6 +35,41 @@ def toy_log(**changes: float) -> list[dict[str, float]]:
 def verdicts(log: list[dict[str, float]], watchdog: Watchdog | None = None, start: int = 0) -> list[Verdict]:
     watchdog = watchdog or Watchdog(WatchdogConfig())
     return [watchdog.observe(start + at, values) for at, values in enumerate(log)]
+
+
+HELD_OUT = range(11, 16)
+"""Seeds that no limit was tuned with."""
+SHORT = {"steps": 140, "batch": 64}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", HELD_OUT)
+def test_healthy_runs_of_other_seeds_are_left_alone(seed):
+    assert [v.diagnosis for v in verdicts(toy_log(seed=seed, **SHORT)) if v.level != "ok"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", HELD_OUT)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr_student": 0.04}, "lr_student"),
+        ({"guidance": 60.0}, "guidance"),
+        ({"lr_fake": 1e-9}, "dm_gap is .*raise lr_fake"),
+    ],
+)
+def test_broken_runs_of_other_seeds_are_all_found(seed, changes, words):
+    said = [v.diagnosis for v in verdicts(toy_log(seed=seed, **SHORT, **changes)) if v.level != "ok"]
+    assert any(re.search(words, text) for text in said), said
+
+
+def test_latents_that_are_wrong_from_the_first_step_are_seen_against_the_teachers():
+    wide, narrow = flat(80, x0_std=3.0, teacher_std=1.0), flat(80, x0_std=0.3, teacher_std=1.0)
+    for log, word in ((wide, "wider"), (narrow, "narrower")):
+        stopped = [v for v in verdicts(log) if v.level == "stop"]
+        assert stopped
+        assert f"{word} than the teacher's" in stopped[0].diagnosis
+    assert {v.level for v in verdicts(flat(80, x0_std=1.3, teacher_std=1.0))} == {"ok"}
 
 
 def flat(count: int, **values: float) -> list[dict[str, float]]:

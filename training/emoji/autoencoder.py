@@ -23,11 +23,13 @@ from torch.nn import functional as F
 from engines.cli import CommandSettings
 from engines.files import replace_folder, sha256_files
 from training import checkpoint
+from training.draws import generator
 from training.ema import EMA
 from training.emoji.dataset import EmojiDataset
 from training.errors import TrainingError
 from training.optim import MixedPrecision, warmup
-from training.run import Run, generator, numpy_generator
+from training.optimizer_state import load_optimizer, optimizer_tensors
+from training.run import Run, numpy_generator
 
 LATENT_CHANNELS = 8
 
@@ -168,7 +170,7 @@ class _State:
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         return {"master": self.mixed.masters, "ema": self.ema.average,
-                "adamw": checkpoint.optimizer_tensors(self.optimizer)}  # fmt: skip
+                "adamw": optimizer_tensors(self.optimizer)}  # fmt: skip
 
     def counters(self) -> Mapping[str, Any]:
         return {"ema_updates": self.ema.updates}
@@ -176,7 +178,7 @@ class _State:
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         self.mixed.load(saved.tensors("master"))
         self.ema.load(saved.tensors("ema"), saved.meta["ema_updates"])
-        checkpoint.load_optimizer(self.optimizer, saved.tensors("adamw"))
+        load_optimizer(self.optimizer, saved.tensors("adamw"))
 
 
 def train(settings: AutoencoderSettings) -> int:
@@ -205,7 +207,7 @@ def train(settings: AutoencoderSettings) -> int:
         rows = rows_train[rng.integers(len(rows_train), size=settings.batch)]
         target = to_unit(crops(data.images, rows, settings.crop, rng))
         latents = model.encoder(target.bfloat16().contiguous(memory_format=torch.channels_last))
-        noise = torch.randn(latents.shape, generator=generator(settings.seed, step)).bfloat16()
+        noise = torch.randn(latents.shape, generator=generator(settings.seed, step, 0)).bfloat16()
         latents_noisy = latents + settings.latent_noise * latents.detach().float().std().bfloat16() * noise
         output = model.decoder(latents_noisy).float()
         read = colours(latents).float()

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from engines.cli import CommandSettings
 from engines.files import write_text_atomically
 from training import checkpoint, metrics
+from training.draws import generator
 from training.emoji.augment import augment
 from training.emoji.dataset import EmojiDataset
 from training.emoji.splits import SPLITS
@@ -38,7 +39,8 @@ from training.evaluator import (
     token_ids,
 )
 from training.optim import warmup
-from training.run import Run, config_sha256, generator, numpy_generator
+from training.optimizer_state import load_optimizer, optimizer_tensors
+from training.run import Run, config_sha256, numpy_generator
 
 CHOICES = 100
 
@@ -125,14 +127,14 @@ class _State:
         self.model, self.optimizer = model, optimizer
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        return {"model": self.model.state_dict(), "adamw": checkpoint.optimizer_tensors(self.optimizer)}
+        return {"model": self.model.state_dict(), "adamw": optimizer_tensors(self.optimizer)}
 
     def counters(self) -> Mapping[str, Any]:
         return {}
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         self.model.load_state_dict(saved.tensors("model"))
-        checkpoint.load_optimizer(self.optimizer, saved.tensors("adamw"))
+        load_optimizer(self.optimizer, saved.tensors("adamw"))
 
 
 def build_evaluator(settings: EvaluatorSettings, data: EmojiDataset, config: EvaluatorConfig) -> Evaluator:
@@ -178,7 +180,7 @@ def train(settings: EvaluatorSettings) -> int:
     state = _State(model, optimizer)
     for step in run.steps(run.resume(state), state):
         model.train()
-        rng, random = numpy_generator(settings.seed, step), generator(settings.seed, step)
+        rng, random = numpy_generator(settings.seed, step), generator(settings.seed, step, 0)
         drawn = draw_rows(data, rows, weights, settings, rng)
         ids = token_ids(
             evaluator.tokenizer, [data.caption(data.records[row], rng) for row in drawn], config.text_length

@@ -25,6 +25,7 @@ from engines.families.sd3 import SD3Family
 from engines.files import replace_folder
 from training import checkpoint
 from training.cpu_kernels import cpu_kernels, keep_freed_memory
+from training.draws import generator
 from training.ema import EMA
 from training.emoji.autoencoder import autoencoder_sha256, encode_images, load_autoencoder
 from training.emoji.dataset import EmojiDataset, caption
@@ -34,8 +35,9 @@ from training.evaluator import ASSETS, Evaluator
 from training.grid import tile
 from training.losses import renoise
 from training.optim import MixedPrecision, split_muon, warmup
+from training.optimizer_state import load_optimizer, optimizer_tensors
 from training.rollout import shifted
-from training.run import Run, config_sha256, generator, numpy_generator
+from training.run import Run, config_sha256, numpy_generator
 from training.sampling import generate
 
 LOOK_STEPS, LOOK_GUIDANCE = 25, 4.0
@@ -88,7 +90,7 @@ class Teacher:
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         """For a checkpoint."""
         names = ("muon", "adamw")
-        states = {n: checkpoint.optimizer_tensors(o) for n, o in zip(names, self.optimizers, strict=True)}
+        states = {n: optimizer_tensors(o) for n, o in zip(names, self.optimizers, strict=True)}
         return {"master": self.mixed.masters, "ema": self.ema.average, **states}
 
     def counters(self) -> Mapping[str, Any]:
@@ -100,7 +102,7 @@ class Teacher:
         self.mixed.load(saved.tensors("master"))
         self.ema.load(saved.tensors("ema"), saved.meta["ema_updates"])
         for name, optimizer in zip(("muon", "adamw"), self.optimizers, strict=True):
-            checkpoint.load_optimizer(optimizer, saved.tensors(name))
+            load_optimizer(optimizer, saved.tensors(name))
 
     @torch.no_grad()
     def averaged(self, initial: Path) -> SD3Family:
@@ -178,7 +180,7 @@ def train(settings: TeacherSettings) -> int:
     cumulative = np.cumsum(data.concept_weights(rows_train))
     start = run.resume(teacher)
     for step in run.steps(start, teacher):
-        rng, random = numpy_generator(settings.seed, step), generator(settings.seed, step)
+        rng, random = numpy_generator(settings.seed, step), generator(settings.seed, step, 0)
         rows = rows_train[np.searchsorted(cumulative, rng.random(settings.batch) * cumulative[-1])]
         prompts = [caption(data.records[row], rng) for row in rows]
         prompts = ["" if rng.random() < settings.caption_dropout else prompt for prompt in prompts]
@@ -241,7 +243,7 @@ def heldout_loss(
 ) -> float:
     """Loss of 256 held-out pictures at fixed noise and σ: comparable between steps and runs."""
     rows = np.asarray(data.indices("heldout_pair"))[:256]
-    random = generator(settings.seed, 0, stream=1)
+    random = generator(settings.seed, 0, 1)
     x0_BCHW = latents_NCHW[rows]
     noise_BCHW = torch.randn(x0_BCHW.shape, generator=random)
     sigma_B = draw_sigma(len(rows), settings.shift, random)
