@@ -61,7 +61,7 @@ class Probe:
                     parts.append(self._sample(cond, steps, guidance, seeds).flatten(1).float().cpu())
             finally:
                 family.transformer = kept
-        return torch.stack(torch.cat(parts).split(SEEDS))
+        return torch.stack(torch.split(torch.cat(parts), SEEDS))
 
     def _sample(self, cond: Conditioning, steps: int, guidance: float, seeds: Sequence[int]) -> Tensor:
         sigmas = self.family.sigmas(steps)
