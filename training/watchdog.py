@@ -47,7 +47,7 @@ class WatchdogConfig(BaseModel):
     watchdog_distance: float = Field(8.0, gt=1, description="stop: factor of a mean distance to the teacher")
     watchdog_norm: float = Field(30.0, gt=1, description="stop: factor of a gradient norm")
     watchdog_gap: float = Field(
-        0.01, ge=0, lt=1, description="warn: |teacher − fake teacher| below this share of |teacher − sample|"
+        0.04, ge=0, lt=1, description="warn: |teacher − fake teacher| below this share of |teacher − sample|"
     )
     watchdog_spread: float = Field(
         2.5,

@@ -18,7 +18,7 @@ from training.errors import Diverged
 from training.run import Run
 
 TERMS = {
-    "fake", "fake_norm", "student", "student_norm", "ca", "dm", "cdm", "cos_ca_dm", "x0_mean", "x0_std",
+    "fake", "fake_norm", "student", "student_norm", "ca", "dm", "cdm", "cos_ca_dm", "x0_mean", "x0_std", "teacher_std",
     *(f"{term}_{part}" for term in ("ca", "dm", "cdm") for part in ("weight", "distance", "delta", "floored")),
 }  # fmt: skip
 
