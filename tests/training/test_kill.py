@@ -90,7 +90,8 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Command
     """A run that was left alone."""
     whole = Command(tmp_path_factory.mktemp("whole") / "run", tiny_model)
     assert whole.run() == 0
-    assert [line["step"] for line in whole.log()] == list(range(STEPS))
+    iterations = [line["step"] for line in whole.log() if "event" not in line]  # the watchdog may have warned
+    assert iterations == list(range(STEPS))
     return whole
 
 
