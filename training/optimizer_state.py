@@ -7,6 +7,7 @@ load_optimizer(optimizer, found.tensors("adamw"), parameters)     # in another w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +23,17 @@ def optimizer_tensors(
     """An optimizer's state as flat tensors: `<parameter name>.<state name>`.
 
     `parameters`: the model's, by name, in the optimizer's order; where they are sharded, so is the state that has
-    their (local) shape. None: they are named by their position.
+    their (local) shape. None: they are named by their position. Whole numbers become int64 scalars.
     """
-    state = optimizer.state_dict()["state"]
     named = _by_position(optimizer) if parameters is None else parameters
     flat: dict[str, Tensor] = {}
-    for index, (name, parameter) in enumerate(named.items()):
-        for key, value in state.get(index, {}).items():
-            tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
+    for (name, parameter), trained in zip(named.items(), _by_position(optimizer).values(), strict=True):
+        # Not `state_dict()`: bitsandbytes nests its 8-bit state there.
+        for key, value in optimizer.state.get(trained, {}).items():
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
             of_its_shape = tensor.ndim > 0 and tensor.shape == local(parameter).shape
-            flat[f"{name}.{key}"] = like(tensor, parameter) if of_its_shape else tensor
+            # All parameters' 8-bit moments share one table of values, which safetensors refuses.
+            flat[f"{name}.{key}"] = like(tensor, parameter) if of_its_shape else tensor.clone()
     return flat
 
 
@@ -53,12 +55,13 @@ def load_optimizer(
             f"checkpoint has optimizer state for {len(saved)} parameters, this model has {len(index_of)} and not "
             f"{', '.join(unknown[:3])}; use the settings it was written with, or another --out"
         )
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         name, _, kind = key.rpartition(".")
         parameter = named[name]
         part = place(value, parameter) if value.ndim > 0 and value.shape == parameter.shape else value
-        state.setdefault(index_of[name], {})[kind] = part
+        whole_number = part.ndim == 0 and part.dtype == torch.int64
+        state.setdefault(index_of[name], {})[kind] = int(part) if whole_number else part
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

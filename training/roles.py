@@ -90,11 +90,16 @@ class Roles:
         Only with a `CDMConfig` there is a fake teacher.
 
         Raises:
-            TrainingError: a LoRA rank beyond a layer's size.
+            TrainingError: a LoRA rank beyond a layer's size, or 8-bit moments with FSDP2.
         """
         computing = computing or Computing()
         self.config = config
         self.parallel = parallel or Parallel(next(transformer.parameters()).device)
+        if self.parallel.fsdp and config.optimizer == "adamw8bit":
+            raise TrainingError(
+                "--optimizer=adamw8bit keeps moments in blocks that cannot be sharded; give --optimizer adamw, or "
+                "--parallel ddp"
+            )
         dtype, units = getattr(torch, config.dtype), computing.units
         sizes = {"student": Size(config.student_rank, config.student_alpha)}
         rates = {"student": config.lr_student}
