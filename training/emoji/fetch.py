@@ -122,7 +122,7 @@ def fetch(package: Package, cache: Path) -> Path:
         )
     cache.mkdir(parents=True, exist_ok=True)
     # A private folder first: a broken or wrong download must never lie in the cache under the right name.
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
+    with tempfile.TemporaryDirectory(dir=cache.resolve(), prefix=".fetch-") as folder:
         command = [
             npm,
             "pack",

@@ -31,6 +31,7 @@ from training.emoji.autoencoder import autoencoder_sha256, encode_images, load_a
 from training.emoji.dataset import EmojiDataset, caption
 from training.emoji.model import ModelConfig, build_pipeline
 from training.evalset import Scorer, choose
+from training.errors import TrainingError
 from training.evaluator import ASSETS, Evaluator
 from training.grid import tile
 from training.losses import renoise
@@ -39,6 +40,7 @@ from training.optimizer_state import load_optimizer, optimizer_tensors
 from training.rollout import shifted
 from training.run import Run, config_sha256, numpy_generator
 from training.sampling import generate
+from training.student_folder import TeacherHashes, keep_teacher
 
 LOOK_STEPS, LOOK_GUIDANCE = 25, 4.0
 """How the pictures on a sample grid are drawn: half the teacher's usual steps, its usual guidance."""
@@ -50,6 +52,9 @@ class TeacherSettings(CommandSettings, env_prefix="CDM_TEACHER_"):
     data: Path = Field(Path("data/emoji"), description="dataset folder, from `cdm-train emoji-data`")
     vae: Path = Field(
         Path("runs/autoencoder/vae"), description="autoencoder, from `cdm-train emoji-autoencoder`"
+    )
+    init: Path | None = Field(
+        None, description="emoji model folder (teacher or student) to start from; none: random weights"
     )
     out: Path = Field(Path("runs/teacher"), description="run folder; the model is written to OUT/model")
     steps: int = Field(20_000, ge=1, description="optimizer steps; more may be asked for when resuming")
@@ -139,13 +144,46 @@ def prepare(settings: TeacherSettings, data: EmojiDataset) -> tuple[SD3Family, T
     initial = settings.out / "initial"
     if not (initial / "model_index.json").is_file():
         shutil.rmtree(initial, ignore_errors=True)
+        if settings.init is not None:
+            keep_teacher(settings.init, TeacherHashes.of(settings.init, "--init"), initial)
+            return _initial_family(initial, settings), latents_NCHW
         words = [caption(data.records[i]) for i in data.indices("train")]
         words += [word for i in data.indices("train") for word in data.records[i].keywords]
         config = ModelConfig(layers=settings.layers, heads=settings.heads, shift=settings.shift)
         build_pipeline(initial, vae, words, latents_NCHW.shape[-1], config, settings.seed)
+    return _initial_family(initial, settings), latents_NCHW
+
+
+def _initial_family(initial: Path, settings: TeacherSettings) -> SD3Family:
+    """Load it; a folder given by `--init` must be what the other settings say.
+
+    Raises:
+        TrainingError: it is another model, or was made for another autoencoder's latents.
+    """
     family = load_family(initial)
-    assert isinstance(family, SD3Family)
-    return family, latents_NCHW
+    if settings.init is None:
+        assert isinstance(family, SD3Family)
+        return family
+    if not isinstance(family, SD3Family):
+        raise TrainingError(
+            f"--init={settings.init} is a {family.pipeline_class}; give an emoji model's folder"
+        )
+    config, vae = family.transformer.config, load_autoencoder(settings.vae, "--vae").config
+    for flag, asked, there in (
+        ("--layers", settings.layers, config.num_layers),
+        ("--heads", settings.heads, config.num_attention_heads),
+        ("--shift", settings.shift, family.scheduler.config.shift),
+    ):
+        if asked != there:
+            raise TrainingError(
+                f"{flag}={asked}, but --init={settings.init} has {there}; give {flag} {there}"
+            )
+    if (vae.scaling_factor, vae.shift_factor) != (family.scaling_factor, family.shift_factor):
+        raise TrainingError(
+            f"--init={settings.init} was trained on latents of another autoencoder than --vae={settings.vae} "
+            f"(scaling factor {family.scaling_factor}, not {vae.scaling_factor}); give --vae {settings.init / 'vae'}"
+        )
+    return family
 
 
 def train(settings: TeacherSettings) -> int:
@@ -155,7 +193,10 @@ def train(settings: TeacherSettings) -> int:
     data = EmojiDataset.load(settings.data)
     # Folders may move, what is in them may not change: latents and the model's autoencoder are made of it once.
     inputs = {"data_sha256": data.sha256(), "vae_sha256": autoencoder_sha256(settings.vae, "--vae")}
+    if settings.init is not None:
+        inputs["init_sha256"] = TeacherHashes.of(settings.init, "--init").components
     free = (
+        "init",
         "steps",
         "cooldown",
         "threads",
@@ -251,13 +292,17 @@ def heldout_loss(
     return flow_matching_loss(family, x0_BCHW, noise_BCHW, sigma_B, ids).item()
 
 
+def _origin(init: Path) -> str:
+    return f"flow matching from {init.name} (transformer sha256 {TeacherHashes.of(init, '--init').transformer[:12]})"
+
+
 def write_model(family: SD3Family, settings: TeacherSettings, step: int, data: EmojiDataset) -> None:
     """Write the model and where it comes from."""
     target, partial = settings.out / "model", settings.out / ".model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     family.save(partial)
     provenance = {
-        "teacher": "trained from scratch",
+        "teacher": "trained from scratch" if settings.init is None else _origin(settings.init),
         "recipe": "emoji-teacher",
         "config_sha256": config_sha256(settings.model_dump(mode="json")),
         "steps_trained": step,

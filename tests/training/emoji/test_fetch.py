@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import stat
 from pathlib import Path
 
@@ -76,3 +77,11 @@ def test_broken_tarball_is_named(tmp_path: Path) -> None:
         read_icons("noto", tmp_path / "broken.tgz")
     with pytest.raises(DataError, match="cannot read x"):
         read_json(tmp_path / "absent.tgz", "x")
+
+
+def test_a_relative_cache_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """npm runs in the folder it downloads to, so a relative name of it would be looked for inside itself."""
+    monkeypatch.chdir(tmp_path)
+    fake_npm(tmp_path / "bin", f'printf x > "$4/{PACKAGE.filename}"', monkeypatch)
+    package = Package(PACKAGE.name, PACKAGE.version, hashlib.sha256(b"x").hexdigest())
+    assert fetch(package, Path("data") / "cache").read_bytes() == b"x"

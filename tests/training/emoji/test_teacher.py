@@ -195,3 +195,44 @@ def test_sigma_is_shifted_like_the_scheduler() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     scheduler.set_timesteps(sigmas=plain.sort(descending=True).values.tolist())
     assert torch.allclose(scheduler.sigmas[:-1], ours.sort(descending=True).values, atol=1e-6)
+
+
+def test_a_teacher_goes_on_from_a_finished_models_weights(tiny_data: Path, vae: Path, tmp_path: Path) -> None:
+    teacher.train(_settings(tiny_data, vae, tmp_path / "first", sample_every=0))
+    again = _settings(
+        tiny_data, vae, tmp_path / "again", init=tmp_path / "first" / "model", steps=1, cooldown=0, lr=1e-9
+    )
+    teacher.train(again)
+    before, after = (load_family(tmp_path / run / "model").transformer for run in ("first", "again"))
+    for one, two in zip(before.parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+    provenance = json.loads((tmp_path / "again" / "model" / "provenance.json").read_text())
+    assert provenance["teacher"].startswith("flow matching from model (transformer sha256 ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 2}, "--layers=2, but --init=.* has 1; give --layers 1"),
+        ({"shift": 3.0}, "--shift=3.0, but"),
+    ],
+)
+def test_settings_that_init_does_not_have_are_refused(
+    tiny_data: Path, vae: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    teacher.train(_settings(tiny_data, vae, tmp_path / "first", steps=1, cooldown=0, sample_every=0))
+    settings = _settings(tiny_data, vae, tmp_path / "again", init=tmp_path / "first" / "model", **changes)
+    with pytest.raises(TrainingError, match=message):
+        teacher.train(settings)
+
+
+def test_latents_of_another_autoencoder_than_inits_are_refused(
+    tiny_data: Path, vae: Path, tmp_path: Path
+) -> None:
+    teacher.train(_settings(tiny_data, vae, tmp_path / "first", steps=1, cooldown=0, sample_every=0))
+    codec = tmp_path / "vae"
+    shutil.copytree(vae, codec)
+    config = json.loads((codec / "config.json").read_text())
+    (codec / "config.json").write_text(json.dumps({**config, "scaling_factor": 9.0}))
+    with pytest.raises(TrainingError, match="latents of another autoencoder"):
+        teacher.train(_settings(tiny_data, codec, tmp_path / "again", init=tmp_path / "first" / "model"))
