@@ -17,7 +17,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from engines.cli import CommandSettings
-from training.config import CDMConfig, MachineConfig, OptimConfig
+from training.config import CDMConfig, ConsistencyConfig, KeepConfig, MachineConfig, OptimConfig
 from training.errors import TrainingError
 from training.plan_advice import Advisor, Change
 from training.plan_memory import Memory, gigabytes
@@ -35,6 +35,7 @@ from training.recipes import (
     sd3_consistency,
     sd35_cdm,
 )
+from training.recipes_tuning import emoji_keep, finetune, keep
 
 RECIPES: Mapping[str, tuple[Callable[[], OptimConfig], str]] = {
     "sd3-cdm": (sd3_cdm, HUB_NAMES[SD3.as_posix()]),
@@ -43,8 +44,21 @@ RECIPES: Mapping[str, tuple[Callable[[], OptimConfig], str]] = {
     "sd3-consistency": (sd3_consistency, HUB_NAMES[SD3.as_posix()]),
     "emoji-cdm": (emoji_cdm, ""),
     "emoji-consistency": (emoji_consistency, ""),
+    "finetune": (finetune, ""),
+    "finetune-student": (keep, ""),
+    "emoji-finetune-student": (emoji_keep, ""),
 }
 """Recipe → its config, and the model that it distils if none is named."""
+
+
+OTHERS = ("keep_weight", "keep_share", "fake_warmup", "tangent_step")
+"""Constants of other methods than CDM that a plan depends on."""
+
+
+def _described(method: type[OptimConfig], name: str) -> str:
+    return (
+        f"{method.model_fields[name].description} ({method.__name__.removesuffix('Config').lower()} recipes)"
+    )
 
 
 class PlanSettings(CommandSettings, MachineConfig, CDMConfig, env_prefix="CDM_PLAN_"):  # type: ignore[misc]
@@ -67,8 +81,13 @@ class PlanSettings(CommandSettings, MachineConfig, CDMConfig, env_prefix="CDM_PL
     fragmentation: float = Field(
         0.05, ge=0, description="share of what comes and goes that the allocator cannot use: an allowance"
     )
+    keep_weight: float = Field(1.0, ge=0, description=_described(KeepConfig, "keep_weight"))
+    keep_share: float = Field(0.5, ge=0, lt=1, description=_described(KeepConfig, "keep_share"))
+    fake_warmup: int = Field(100, ge=0, description=_described(KeepConfig, "fake_warmup"))
+    tangent_step: float = Field(0.0, ge=0, description=_described(ConsistencyConfig, "tangent_step"))
     sample_every: int = Field(250, ge=0, description="steps between sample grids; 0 draws none")
-    prompt_count: int = Field(10_000, ge=1, description="distinct prompts")
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    prompt_count: int = Field(10_000, ge=1, description="distinct prompts; finetune: captioned pictures")
     ram: float = Field(0.0, ge=0, description="GB of main memory; 0: not looked at")
     disk: float = Field(0.0, ge=0, description="GB free on disk; 0: not looked at")
 
@@ -82,7 +101,9 @@ class PlanSettings(CommandSettings, MachineConfig, CDMConfig, env_prefix="CDM_PL
             raise TrainingError(f"there is no recipe {self.recipe!r}; recipes: {', '.join(RECIPES)}")
         base = RECIPES[self.recipe][0]()
         given = {
-            name: getattr(self, name) for name in CDMConfig.model_fields if name in self.model_fields_set
+            name: getattr(self, name)
+            for name in (*CDMConfig.model_fields, *OTHERS)
+            if name in self.model_fields_set
         }
         for name in given.keys() - type(base).model_fields.keys():
             raise TrainingError(
@@ -103,7 +124,7 @@ class PlanSettings(CommandSettings, MachineConfig, CDMConfig, env_prefix="CDM_PL
         machine = MachineConfig(**{name: getattr(self, name) for name in MachineConfig.model_fields})
         return Setup(
             describe(teacher), config, machine, self.gpus, "cpu" if self.device == "cpu" else "gpu",
-            self.sample_every > 0, self.prompt_count, round(self.overhead * 1e9), self.fragmentation,
+            self.sample_every > 0, self.prompt_count, self.keep, round(self.overhead * 1e9), self.fragmentation,
         )  # fmt: skip
 
     def speed(self) -> Speed:
@@ -198,18 +219,17 @@ def plan(settings: PlanSettings) -> int:
 def _shortages(settings: PlanSettings, memory: Memory) -> list[str]:
     """What main memory or disk lack, and with how many prompts they would do."""
     found = []
-    for flag, limit, parts in (
-        ("ram", settings.ram, memory.main_memory),
-        ("disk", settings.disk, memory.disk),
+    for flag, limit, parts, by_prompt in (
+        ("ram", settings.ram, memory.main_memory, "latents of all pictures"),
+        ("disk", settings.disk, memory.disk, "embeddings of all prompts"),
     ):
         needed = sum(parts.values())
         if limit and needed > limit * 1e9:
-            embeddings = parts["embeddings of all prompts"]
-            each = embeddings / settings.prompt_count
-            left = int((limit * 1e9 - (needed - embeddings)) / each)
-            remedy = (
-                f"give at most {left} prompts" if left > 0 else "fewer prompts are not enough: it takes more"
-            )
+            growing = parts.get(by_prompt, 0)
+            each = growing / settings.prompt_count
+            left = int((limit * 1e9 - (needed - growing)) / each) if each else 0
+            other = "fewer processes a machine" if flag == "ram" else "a smaller --keep"
+            remedy = f"give at most {left} prompts" if left > 0 else f"it takes more, or {other}"
             found.append(f"--{flag}={limit:g} GB is too little: {needed / 1e9:.1f} GB are needed; {remedy}")
     return found
 

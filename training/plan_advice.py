@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from training.config import CDMConfig, MachineConfig
+from training.config import CDMConfig, KeepConfig, MachineConfig
+from training.errors import TrainingError
 from training.plan_memory import Memory
 from training.plan_setup import Setup
 from training.plan_time import Speed, seconds
@@ -40,9 +43,9 @@ class Advisor:
         """The plan of another setup."""
         return Memory(setup, self.cache)
 
-    def fits(self, setup: Setup) -> bool:
-        """Whether it fits."""
-        return self.memory(setup).total <= self.limit
+    def fits(self, setup: Setup | None) -> bool:
+        """Whether it fits; None: what cannot be does not."""
+        return setup is not None and self.memory(setup).total <= self.limit
 
     def largest_micro_batch(self, setup: Setup) -> int:
         """The largest micro-batch that fits; 0: not even 1 does. Memory grows with it."""
@@ -71,7 +74,7 @@ class Advisor:
             if self.fits(self._applied([*taken, kind])):
                 taken.append(kind)
                 break
-            if self.memory(self._applied([*taken, kind])).total < self.memory(self._applied(taken)).total:
+            if self._total([*taken, kind]) < self._total(taken):
                 taken.append(kind)
         if not self.fits(self._applied(taken)):
             return []
@@ -80,6 +83,7 @@ class Advisor:
             if self.fits(self._applied(rest)):
                 taken = rest
         final = self._applied(taken)
+        assert final is not None
         if not self.memory(final).total < self.memory(self.setup).total:
             return []
         micro = self.largest_micro_batch(final)  # where one sample at a time fits, more may
@@ -93,13 +97,21 @@ class Advisor:
 
     def _candidates(self, setup: Setup) -> Iterator[Change]:
         for kind in KINDS:
-            yield self._change(kind, setup)
+            with suppress(TrainingError):  # what cannot be with the rest
+                yield self._change(kind, setup)
 
-    def _applied(self, kinds: list[int]) -> Setup:
+    def _applied(self, kinds: list[int]) -> Setup | None:
         setup = self.setup
-        for kind in kinds:
-            setup = self._change(KINDS[kind], setup).setup
+        try:
+            for kind in kinds:
+                setup = self._change(KINDS[kind], setup).setup
+        except TrainingError:
+            return None
         return setup
+
+    def _total(self, kinds: list[int]) -> float:
+        setup = self._applied(kinds)
+        return math.inf if setup is None else self.memory(setup).total
 
     def _change(self, kind: tuple[str, str, Mapping[str, Any], Mapping[str, Any]], setup: Setup) -> Change:
         flags, costs, of_machine, of_config = kind
@@ -110,6 +122,10 @@ class Advisor:
             wanted = {
                 name: value for name, value in of_config.items() if name in type(setup.config).model_fields
             }
+            if isinstance(setup.config, KeepConfig):  # goes on with every weight of the student
+                wanted.pop("student_rank", None)
+                if wanted.get("fake_rank"):  # a merge needs both alike
+                    flags, wanted = f"--fake-rank {LORA_RANK} --fake-merge 1", {**wanted, "fake_merge": 1.0}
             changed = replace(changed, config=setup.config.model_copy(update=wanted))
             if not isinstance(setup.config, CDMConfig):
                 flags = flags.split(" --fake-rank")[0]

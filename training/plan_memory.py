@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.config import CDMConfig
+from training.config import CDMConfig, ConsistencyConfig, FinetuneConfig
 from training.plan_setup import FLOAT32, Bytes, Passes, Role, Setup
 from training.plan_trace import Compute, Timeline, Traces, measure
 
 GRID_PROMPTS = 8
-"""Pictures of a sample grid that are decoded at once (`training/session.py`)."""
+"""Pictures of a sample grid that are drawn at once; they are decoded one by one (`training/session.py`)."""
 GATHERED_UNITS = 2
 """Blocks that FSDP2 holds whole at a time: the one that computes, and the next, gathered meanwhile."""
-KEPT_CHECKPOINTS = 2
+EMBEDDING = "prompts embedded"
+"""The phase before the networks are there."""
 
 
 class Memory:
@@ -64,10 +65,10 @@ class Memory:
         found["student: average (EMA)"] = self.student.count * FLOAT32
         if self.fake is not None:
             found |= self.fake.persistent("fake teacher")
-        if setup.sample_grids:
-            net = self._autoencoder
-            numbers = sum(tensor.numel() for tensor in [*net.parameters(), *net.buffers()])
-            found["autoencoder"] = numbers * FLOAT32
+        if self.passes.old:
+            found["old student: weights"] = (whole.count + buffers) * item
+        if setup.autoencoder:
+            found["autoencoder"] = self._numbers_of_autoencoder * FLOAT32
         if setup.fsdp:
             found["gathered blocks (FSDP2)"] = self._gathered()
         return found
@@ -87,22 +88,28 @@ class Memory:
     def phases(self) -> dict[str, Bytes]:
         """What comes and goes, by phase of an iteration, each at its worst moment."""
         setup, student, micro = self.setup, self.student, self.setup.micro
-        several = micro < setup.share
-        forwards = self.passes.student
-        steps = student.traces.steps(forwards)
+        several, passes, config = micro < setup.share, self.passes, setup.config
+        steps = student.traces.steps(passes.student)
         earlier = {"gradients": student.gradient_bytes()} if several else {}
-        asking = max(
-            self._asked(self.plain, self.passes.teacher * micro),
-            self._asked(self.fake.traces if self.fake else self.plain, self.passes.fake * micro),
-        )
-        found: dict[str, Bytes] = {
-            "rollout": {"pass without gradient": student.traces.no_gradient.peak(micro)},
-            "student step: teachers asked": {
-                **earlier, "activations": steps.saved(micro), "pass without gradient": asking
-            },
-            "student step: backward": student.backward(steps, micro, several),
-            "student update": self._update(student),
-        }  # fmt: skip
+        saved = {**earlier, "activations": steps.saved(micro)}
+        found: dict[str, Bytes] = {}
+        if isinstance(config, ConsistencyConfig):
+            # The teacher's guided pass, of the rollout and at the point, comes before the student's forward.
+            doubled = 1 if config.guidance == 1 else 2
+            found["rollout"] = {**earlier, "pass without gradient": self._asked(self.plain, doubled * micro)}
+            derivative = student.traces.derivative(config.tangent_step).peak(micro)
+            found["student step: derivative"] = {**saved, "pass with tangents": derivative}
+        elif passes.rollout:
+            found["rollout"] = {"pass without gradient": student.traces.no_gradient.peak(micro)}
+        if self.fake is not None:
+            asked = (
+                self._asked(self.plain, passes.teacher * micro),
+                self._asked(self.fake.traces, passes.fake * micro),
+                self._asked(self.plain, passes.old * micro),
+            )
+            found["student step: teachers asked"] = {**saved, "pass without gradient": max(asked)}
+        found["student step: backward"] = student.backward(steps, micro, several)
+        found["student update"] = self._update(student)
         if self.fake is not None:
             found["fake step: backward"] = self.fake.backward(self.fake.traces.steps(1), micro, several)
             found["fake update"] = self._update(self.fake)
@@ -110,24 +117,36 @@ class Memory:
         if setup.sample_grids:
             kept = student.count * FLOAT32 if setup.config.dtype == "float32" else 0
             drawn = student.traces.no_gradient.peak(GRID_PROMPTS)
-            decoded = self._decoding.peak(GRID_PROMPTS)
+            decoded = self._decoding.peak(1)
             found["sample grid"] = {"weights put aside": kept, "pass without gradient": max(drawn, decoded)}
         # A checkpoint's group of tensors is cloned where it lies; an optimizer's is the largest.
         largest = max(role.moments() for role in (student, self.fake) if role is not None)
         found["checkpoint"] = {"copy of a group of tensors": max(largest, student.count * FLOAT32)}
+        if setup.model.text_parameters:
+            found[EMBEDDING] = {"text encoders, float32": setup.model.text_parameters * FLOAT32}
         return found
+
+    def stays(self, phase: str) -> Bytes:
+        """What is there all through a phase: everything persistent, but while prompts are embedded."""
+        if phase != EMBEDDING:
+            return self.persistent
+        return {name: value for name, value in self.persistent.items() if name == "autoencoder"}
+
+    def at(self, phase: str) -> int:
+        """Bytes at a phase's worst moment, without allowances."""
+        return sum(self.stays(phase).values()) + sum(self.phases[phase].values())
 
     @cached_property
     def worst(self) -> str:
         """The phase that takes the most."""
-        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+        return max(self.phases, key=self.at)
 
     @cached_property
     def parts(self) -> Bytes:
         """Everything on one GPU at the worst moment; the values add up to `total`."""
         setup, dynamic = self.setup, self.phases[self.worst]
         allowance = setup.overhead + round(setup.fragmentation * sum(dynamic.values()))
-        found = {**self.persistent, **dynamic, "allowance: CUDA, allocator": allowance}
+        found = {**self.stays(self.worst), **dynamic, "allowance: CUDA, allocator": allowance}
         return {name: value for name, value in found.items() if value}
 
     @property
@@ -137,14 +156,18 @@ class Memory:
 
     @cached_property
     def main_memory(self) -> Bytes:
-        """Of all processes on this machine: float32 models while loading, and the cached embeddings, each its own."""
+        """Of all processes on this machine: float32 models while loading, and pictures' latents, each its own.
+
+        Embeddings are read from disk as needed: memory that is free caches them, and none has to be.
+        """
         setup = self.setup
         whole = sum(tensor.numel() for tensor in [*self.plain.net.parameters(), *self.plain.net.buffers()])
         loading = setup.model.text_parameters + 2 * whole  # the transformer, and a copy on its way to the GPU
-        return {
-            "models while loading, float32": setup.gpus * loading * FLOAT32,
-            "embeddings of all prompts": setup.gpus * setup.prompts * self.embedding,
-        }
+        found = {"models while loading, float32": setup.gpus * loading * FLOAT32}
+        if isinstance(setup.config, FinetuneConfig):
+            latent = math.prod(setup.model.latent) * setup.dtype.itemsize
+            found["latents of all pictures"] = setup.gpus * setup.prompts * latent
+        return found
 
     @cached_property
     def disk(self) -> Bytes:
@@ -156,7 +179,9 @@ class Memory:
             sum(parameter.numel() for parameter in self.plain.net.parameters()) + setup.model.text_parameters
         )
         return {
-            f"checkpoints ({KEPT_CHECKPOINTS} kept, 1 being written)": (KEPT_CHECKPOINTS + 1) * once * ranks,
+            f"checkpoints ({setup.kept_checkpoints} kept, 1 being written)": (setup.kept_checkpoints + 1)
+            * once
+            * ranks,
             "copy of the teacher, student": whole * (2 + FLOAT32),
             "embeddings of all prompts": setup.prompts * self.embedding,
         }
@@ -169,19 +194,26 @@ class Memory:
         return traces.no_gradient.peak(at_once) + (samples - at_once) * self.embedding
 
     def _update(self, role: Role) -> Bytes:
-        """Float32 gradients beside their masters; averaging them over processes takes as much again."""
-        gradients = sum(role.learning) * FLOAT32
-        reduced = gradients if self.setup.gpus > 1 and not self.setup.fsdp else 0
-        return {"gradients": gradients, "gradients on their way (DDP)": reduced}
+        """Float32 gradients beside their masters; they are averaged over processes in place."""
+        return {"gradients": sum(role.learning) * FLOAT32}
 
     def _gathered(self) -> int:
         """Whole blocks in the compute dtype with float32 gradients, and each network's weights outside blocks."""
         net, units = self.plain.net, self.setup.model.units
         blocks = [_numbers(module) for module in net.modules() if type(module).__name__ in units]
         rest = _numbers(net) - sum(blocks)
-        networks = 2 + (self.fake is not None)
+        own = [
+            role for role in (self.student, self.fake) if role is not None and not role.traces.compute.rank
+        ]
+        networks = 1 + len(own) + bool(self.passes.old)
         item = self.setup.dtype.itemsize
         return GATHERED_UNITS * max(blocks) * (item + FLOAT32) + networks * rest * item
+
+    @property
+    def _numbers_of_autoencoder(self) -> int:
+        return sum(
+            tensor.numel() for tensor in [*self._autoencoder.parameters(), *self._autoencoder.buffers()]
+        )
 
     @cached_property
     def _autoencoder(self) -> nn.Module:

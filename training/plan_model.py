@@ -24,16 +24,6 @@ from training.errors import TrainingError
 
 Config = Mapping[str, Any]
 
-LORA_TARGETS: Mapping[str, tuple[str, ...]] = {
-    "attention": (
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-    ),
-    "feed-forward": (
-        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out",
-    ),
-}  # fmt: skip
-"""Linear layers of a block that LoRA adapts, by the end of their names."""
-
 
 @dataclass(frozen=True)
 class Model:

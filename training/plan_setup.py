@@ -9,7 +9,14 @@ from typing import Literal
 
 import torch
 
-from training.config import CDMConfig, MachineConfig, OptimConfig
+from training.config import (
+    CDMConfig,
+    ConsistencyConfig,
+    FinetuneConfig,
+    KeepConfig,
+    MachineConfig,
+    OptimConfig,
+)
 from training.errors import TrainingError
 from training.plan_model import Model
 from training.plan_trace import Timeline, Traces
@@ -32,7 +39,8 @@ class Setup:
     kernels: Literal["gpu", "cpu"] = "gpu"
     sample_grids: bool = True
     prompts: int = 10_000
-    """Distinct prompts, whose embeddings are cached."""
+    """Distinct prompts, whose embeddings are cached; for fine-tuning, captioned pictures."""
+    kept_checkpoints: int = 2
     overhead: int = 0
     """Bytes of CUDA's context and of libraries' workspaces, per GPU."""
     fragmentation: float = 0.0
@@ -42,6 +50,16 @@ class Setup:
         if self.config.batch % self.gpus:
             raise TrainingError(
                 f"--batch={self.config.batch} cannot be divided among {self.gpus} GPUs; give a multiple of {self.gpus}"
+            )
+        if self.fsdp and self.config.optimizer == "adamw8bit":
+            raise TrainingError(
+                "--optimizer=adamw8bit keeps moments in blocks that cannot be sharded; give --optimizer adamw, or "
+                "--parallel ddp"
+            )
+        if self.fsdp and isinstance(self.config, ConsistencyConfig) and self.config.tangent_step == 0:
+            raise TrainingError(
+                "consistency takes forward-mode derivatives, which FSDP's sharded weights do not have; give "
+                "--parallel ddp"
             )
 
     @property
@@ -60,6 +78,11 @@ class Setup:
         return self.machine.parallel == "fsdp" and self.gpus > 1
 
     @property
+    def autoencoder(self) -> bool:
+        """Whether the autoencoder is on the GPU: for sample grids, or to encode pictures."""
+        return self.sample_grids or isinstance(self.config, FinetuneConfig)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of compute copies and cached embeddings."""
         found: torch.dtype = getattr(torch, self.config.dtype)
@@ -71,20 +94,25 @@ class Passes:
     """Network passes of one iteration, in samples per sample of the batch."""
 
     rollout: float
-    """Student passes without gradient (consistency: teacher passes)."""
+    """Passes without gradient from noise to the point that is trained: the student's (consistency: the teacher's)."""
     student: int
     """Student forwards with gradient in a student step, before its one backward."""
     teacher: int
     fake: int
     """No-gradient passes of a student step."""
+    old: int = 0
+    """No-gradient passes of the student that is kept (`training/keep.py`)."""
+    derivative: bool = False
+    """Whether a student step takes the derivative along the trajectory (`training/consistency.py`)."""
 
     @classmethod
     def of(cls, config: OptimConfig) -> Passes:
-        """As `training.distill` runs them: a rollout of N ~ U{1…n_max} steps, cut at an anchor k ~ U{0…N−1}."""
+        """As the loop runs them: a rollout of N ~ U{1…n_max} steps, cut at an anchor k ~ U{0…N−1}."""
+        if isinstance(config, ConsistencyConfig):
+            guided = 1 if config.guidance == 1 else 2
+            return cls(guided * (config.n_max + 3) / 4, 1, guided, 0, derivative=True)
         if not isinstance(config, CDMConfig):
-            # Consistency: a guided rollout of at most n_max steps by the teacher, its guided velocity at the point, and
-            # the student's forward, whose derivative takes about two more.
-            return cls(config.n_max + 1.0, 3, 2, 0)  # type: ignore[attr-defined]
+            return cls(0.0, 1, 0, 0)  # flow matching
         if config.schedule == "fixed":
             full, cut = float(config.fixed_steps), (config.fixed_steps + 1) / 2
         else:
@@ -92,9 +120,11 @@ class Passes:
         anchored = [weight for weight in (config.weight_ca, config.weight_dm) if weight]
         terms = len(anchored) + bool(config.weight_cdm)
         emptied = terms if config.dm_guidance != 1 else int(config.weight_ca > 0)
-        forwards = (bool(anchored) if config.shared_forward else len(anchored)) + bool(config.weight_cdm)
+        old = int(isinstance(config, KeepConfig) and bool(config.keep_weight and config.keep_share))
+        at_anchor = (bool(anchored) if config.shared_forward else len(anchored)) or old
         matched = terms - int(config.weight_ca > 0)
-        return cls(cut if config.truncated_rollout else full, forwards, terms + emptied, matched)
+        forwards = at_anchor + bool(config.weight_cdm)
+        return cls(cut if config.truncated_rollout else full, forwards, terms + emptied, matched, old)
 
 
 class Role:
@@ -128,10 +158,10 @@ class Role:
 
     def persistent(self, name: str) -> Bytes:
         """Compute copies, float32 masters, moments. What shares memory is counted once."""
-        item, setup = self.setup.dtype.itemsize, self.setup
+        item = self.setup.dtype.itemsize
         copies = sum(buffer.numel() for buffer in self.traces.net.buffers()) * item
-        # FSDP2 gathers low-precision copies of float32 shards; float32 copies are the masters themselves.
-        if not setup.fsdp and item < FLOAT32:
+        # Float32 copies are the masters themselves. FSDP2 shards copies and masters alike.
+        if item < FLOAT32:
             copies += self.count * item
         if self.traces.compute.rank:  # the base is the teacher's
             copies = self.count * item if item < FLOAT32 else 0
@@ -151,8 +181,8 @@ class Role:
         )
 
     def gradient_bytes(self) -> int:
-        """Of accumulated gradients before the optimizer's turn: of the compute copies, or float32 shards."""
-        return sum(self.learning) * (FLOAT32 if self.setup.fsdp else self.setup.dtype.itemsize)
+        """Of accumulated gradients before the optimizer's turn, in the compute copies' dtype."""
+        return sum(self.learning) * self.setup.dtype.itemsize
 
     def backward(self, timeline: Timeline, samples: int, accumulates: bool) -> Bytes:
         """Activations and gradients at the worst moment of forwards and backward; the sum is the peak."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from training.config import CDMConfig
+from training.config import CDMConfig, ConsistencyConfig, KeepConfig, OptimConfig
 from training.plan_memory import Memory
 from training.plan_setup import FLOAT32, Role
 
@@ -76,49 +76,59 @@ class Work:
 def iteration(memory: Memory) -> list[Work]:
     """Rollout, fake step and student step: an average iteration."""
     setup, config, passes = memory.setup, memory.setup.config, memory.passes
-    share, traces, forwards = setup.share, memory.student.traces, memory.passes.student
-    every = config.student_every if isinstance(config, CDMConfig) else 1
-    steps, parts = traces.steps(forwards), -(-share // setup.micro)
-    cdm = memory.fake is not None
-    walker = traces if cdm else memory.plain
-    rollout = share * passes.rollout * walker.no_gradient.forward_flops
-    # Every step of a rollout is a pass of its own: all samples are through after the last one's.
-    walked = parts * (longest(memory) if cdm else passes.rollout)
-    work = [Work("rollout", rollout, sent=_gathers(memory, walked))]
-    if memory.fake is not None:
-        fake = memory.fake.traces.steps(1)
-        flops = share * (fake.forward_flops + fake.backward_flops)
-        merge = 18 * memory.fake.count if config.fake_merge < 1 else 0  # type: ignore[attr-defined]
-        moved, sent = _update(memory.fake, memory)
+    share, traces, fake = setup.share, memory.student.traces, memory.fake
+    steps, parts = traces.steps(passes.student), -(-share // setup.micro)
+    work = []
+    if passes.rollout:
+        walker = memory.plain if fake is None else traces
+        # Every step of a rollout is a pass of its own: all samples are through after the last one's.
+        walked = parts * longest(memory)
+        flops = share * passes.rollout * walker.no_gradient.forward_flops
+        work.append(Work("rollout", flops, sent=_gathers(memory, walked)))
+    asked = (passes.teacher + passes.old) * memory.plain.no_gradient.forward_flops
+    if fake is not None:
+        learnt = fake.traces.steps(1)
+        flops = share * (learnt.forward_flops + learnt.backward_flops)
+        merge = 18 * fake.count if config.fake_merge < 1 else 0  # type: ignore[attr-defined]
+        moved, sent = _update(fake, memory, parts)
         work.append(Work("fake step", flops, moved + merge, sent + _gathers(memory, 2 * parts)))
-    asked = passes.teacher * memory.plain.no_gradient.forward_flops
-    if memory.fake is not None:
-        asked += passes.fake * memory.fake.traces.no_gradient.forward_flops
+        asked += passes.fake * fake.traces.no_gradient.forward_flops
+    if isinstance(config, ConsistencyConfig):
+        asked += traces.derivative(config.tangent_step).forward_flops
     flops = share * (steps.forward_flops + steps.backward_flops + asked)
-    moved, sent = _update(memory.student, memory)
+    moved, sent = _update(memory.student, memory, parts)
     moved += 3 * FLOAT32 * memory.student.count  # the average: two read, one written
-    work.append(
-        Work(
-            "student step",
-            flops / every,
-            moved / every,
-            (sent + _gathers(memory, (2 * forwards + 2) * parts)) / every,
-        )
-    )
+    through = 2 * passes.student + bool(passes.teacher) + bool(passes.fake) + passes.old
+    sent += _gathers(memory, through * parts)
+    turns = student_turns(config)
+    work.append(Work("student step", flops * turns, moved * turns, sent * turns))
     return work
 
 
+def student_turns(config: OptimConfig) -> float:
+    """Share of iterations in which the student takes a step."""
+    if not isinstance(config, CDMConfig):
+        return 1.0
+    turns = 1 / config.student_every
+    return turns * (1 - config.fake_warmup / config.steps) if isinstance(config, KeepConfig) else turns
+
+
 def longest(memory: Memory) -> float:
-    """Passes of the rollout of a micro-batch: up to its last anchor, the mean over N of E[max k] + 1."""
+    """Passes of the rollout of a micro-batch: up to its last anchor, the mean over N of E[max k] + 1.
+
+    With FSDP all N: processes that share weights run as many.
+    """
     config = memory.setup.config
-    assert isinstance(config, CDMConfig)
-    samples = memory.setup.micro
+    assert isinstance(config, CDMConfig | ConsistencyConfig)
+    samples, cut = memory.setup.micro, not memory.setup.fsdp
 
     def last(n: int) -> float:
         return n - sum((i / n) ** samples for i in range(1, n))
 
-    lengths = [config.fixed_steps] if config.schedule == "fixed" else range(1, config.n_max + 1)
-    return sum(last(n) if config.truncated_rollout else n for n in lengths) / len(lengths)
+    fixed = isinstance(config, CDMConfig) and config.schedule == "fixed"
+    lengths = [config.fixed_steps] if fixed else range(1, config.n_max + 1)  # type: ignore[union-attr]
+    cut = cut and (not isinstance(config, CDMConfig) or config.truncated_rollout)
+    return sum(last(n) if cut else n for n in lengths) / len(lengths)
 
 
 def seconds(memory: Memory, speed: Speed) -> float:
@@ -126,15 +136,16 @@ def seconds(memory: Memory, speed: Speed) -> float:
     return sum(part.seconds(speed) for part in iteration(memory))
 
 
-def _update(role: Role, memory: Memory) -> tuple[float, float]:
-    """(bytes moved, bytes sent) of one update."""
+def _update(role: Role, memory: Memory, parts: int) -> tuple[float, float]:
+    """(bytes moved, bytes sent) of one update after `parts` micro-batches."""
     item, setup = memory.setup.dtype.itemsize, memory.setup
     converted = 0 if item == FLOAT32 else item + FLOAT32  # the gradient
     refreshed = 0 if item == FLOAT32 else FLOAT32 + item  # the compute copies
     moments = 2 * role.moments()  # read and written
     moved = role.count * (converted + FLOAT32 + 3 * FLOAT32 + refreshed) + moments
-    ring = 2 * (setup.gpus - 1) / setup.gpus
-    sent = 0.0 if setup.gpus == 1 else ring * FLOAT32 * role.count * (setup.gpus / 2 if setup.fsdp else 1)
+    # FSDP2 reduces and scatters every micro-batch's gradients, whole; else they are averaged once, there and back.
+    ring = (setup.gpus - 1) / setup.gpus * (setup.gpus * parts if setup.fsdp else 2)
+    sent = ring * FLOAT32 * role.count
     return float(moved), sent
 
 

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from training.consistency import total_derivative
 from training.losses import predict_x0, renoise
 from training.plan_meter import Inputs, Meter, Run, kernels
-from training.plan_model import LORA_TARGETS, Model
+from training.plan_model import Model
 
 BATCHES = (2, 3)
 """Samples of the two runs. Not 1: reductions over an axis of one are left out."""
@@ -83,6 +84,7 @@ class Traces:
     def __init__(self, model: Model, compute: Compute) -> None:
         self.model, self.compute = model, compute
         self._steps: dict[int, Timeline] = {}
+        self._derivatives: dict[float, Timeline] = {}
 
     @cached_property
     def net(self) -> nn.Module:
@@ -91,9 +93,9 @@ class Traces:
         if self.compute.rank:
             from peft import LoraConfig, inject_adapter_in_model
 
-            names = adapted(net, self.model.units, self.compute.targets)
+            targets = self._family.lora_targets[self.compute.targets]
             net.requires_grad_(False)
-            inject_adapter_in_model(LoraConfig(r=self.compute.rank, target_modules=names), net)
+            inject_adapter_in_model(LoraConfig(r=self.compute.rank, target_modules=targets), net)
             net = nn.Module.to(net, self.compute.torch_dtype)
         if self.compute.checkpointing:
             # As diffusers does it; on the meta device there is no random state to keep.
@@ -118,6 +120,22 @@ class Traces:
         if forwards not in self._steps:
             self._steps[forwards] = self._measure(partial(self._step, forwards), self._parameters)
         return self._steps[forwards]
+
+    def derivative(self, step: float) -> Timeline:
+        """The student's derivative along the trajectory (`training.consistency`), by forward-mode or differences."""
+        if step not in self._derivatives:
+            self._derivatives[step] = self._measure(partial(self._derive, step), [])
+        return self._derivatives[step]
+
+    def _derive(self, step: float, meter: Meter, inputs: Inputs) -> int:
+        cond = {name: value for name, value in inputs.items() if name not in ("x", "sigma")}
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            found: Tensor = self._family.velocity(self.net, x, sigma, cond)
+            return found
+
+        total_derivative(velocity, inputs["x"], inputs["sigma"], torch.empty_like(inputs["x"]), step)
+        return meter.flops
 
     def _step(self, forwards: int, meter: Meter, inputs: Inputs) -> int:
         terms = []
@@ -187,15 +205,3 @@ def measure(
     end = meters[0].forwards_end or len(small)
     gradients = np.array(meters[0].of_gradients)
     return Timeline(small - each * BATCHES[0], each, gradients, ahead, backward, end, idle)
-
-
-def adapted(net: nn.Module, units: Sequence[str], targets: str) -> list[str]:
-    """Names of the linear layers that LoRA adapts: those of `net`'s blocks that `targets` names."""
-    endings = LORA_TARGETS["attention"] + (LORA_TARGETS["feed-forward"] if targets == "attention+ff" else ())
-    return [
-        f"{prefix}.{name}"
-        for prefix, block in net.named_modules()
-        if type(block).__name__ in units
-        for name, layer in block.named_modules()
-        if isinstance(layer, nn.Linear) and any(name == end or name.endswith(f".{end}") for end in endings)
-    ]

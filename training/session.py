@@ -127,7 +127,8 @@ def run_session(
     family = _load(kept, None if absent else ("transformer", "vae"))
     set_resolution(family, config.resolution)
     require_model(family)
-    for module in (family.vae, *family.text_modules().values()):
+    drawn = settings.sample_every or settings.score_every or isinstance(config, FinetuneConfig)
+    for module in (*family.text_modules().values(), *((family.vae,) if drawn else ())):
         nn.Module.to(module, parallel.device)
     table = embed_prompts(
         family, prompts.texts, cache, limit_gb=settings.max_embedding_gb,

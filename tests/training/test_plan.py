@@ -182,11 +182,8 @@ def test_every_saving_saves_what_it_is_for(tiny_model, cache):
     eight = parts(optimizer="adamw8bit").persistent["student: AdamW moments"]
     assert eight < 0.6 * plain.persistent["student: AdamW moments"]
     sharded = parts(gpus=2, parallel="fsdp").persistent
-    buffers = sum(buffer.nbytes for buffer in plain.plain.net.buffers())
-    assert sharded["student: compute copies"] == buffers  # weights are gathered from the masters
-    assert sharded["student: float32 masters"] == pytest.approx(
-        plain.persistent["student: float32 masters"] / 2, rel=0.02
-    )
+    for part in ("student: compute copies", "student: float32 masters", "student: average (EMA)"):
+        assert sharded[part] == pytest.approx(plain.persistent[part] / 2, rel=0.05), part
     three, shared = parts(shared_forward=False), parts()
     asked = "student step: teachers asked"
     assert three.phases[asked]["activations"] == pytest.approx(

@@ -174,13 +174,33 @@ def test_nothing_is_loaded(tiny_model, tmp_path, monkeypatch, capsys):
     assert sum(found["parts_gb"].values()) == pytest.approx(found["total_gb"], abs=0.01)
 
 
-def test_too_little_main_memory_or_disk_names_how_many_prompts_would_do(tiny_model, capsys):
-    arguments = ["emoji-cdm", "--teacher", str(tiny_model), "--prompt-count", "1000000"]
-    code, found = command([*arguments, "--ram", "1"], capsys)
+@pytest.mark.parametrize(("recipe", "flag"), [("emoji-cdm", "--disk"), ("finetune", "--ram")])
+def test_too_little_main_memory_or_disk_names_how_many_prompts_would_do(tiny_model, capsys, recipe, flag):
+    arguments = [recipe, "--teacher", str(tiny_model), "--prompt-count", "10000000"]
+    code, found = command([*arguments, flag, "1"], capsys)
     assert code == 1
     count = found["shortages"][0].split("at most ")[1].split()[0]
-    code, found = command([*arguments[:-1], count, "--ram", "1"], capsys)
+    code, found = command([*arguments[:-1], count, flag, "1"], capsys)
     assert (code, found["shortages"]) == (0, [])
+    code, found = command(["emoji-cdm", "--teacher", str(tiny_model), "--ram", "0.00001"], capsys)
+    assert "fewer processes a machine" in found["shortages"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "present", "absent"),
+    [
+        (["finetune"], {"student: float32 masters", "autoencoder"}, {"fake teacher: float32 masters"}),
+        (["emoji-finetune-student"], {"old student: weights", "fake teacher: float32 masters"}, set()),
+        (["emoji-finetune-student", "--keep-weight", "0"], set(), {"old student: weights"}),
+    ],
+)
+def test_fine_tuning_is_planned_with_its_own_networks(tiny_model, capsys, arguments, present, absent):
+    code, found = command([*arguments, "--teacher", str(tiny_model), "--micro-batch", "1"], capsys)
+    assert code == 0
+    assert present <= found["parts_gb"].keys()
+    assert not absent & found["parts_gb"].keys()
+    rollout = "rollout" in found["tflop"]
+    assert rollout == (arguments[0] != "finetune")
 
 
 @pytest.mark.parametrize(
@@ -200,10 +220,49 @@ def test_what_cannot_be_planned_is_said(arguments, message, capsys):
 
 
 def test_every_recipe_can_be_planned():
-    of_training = {name for name, each in COMMANDS.items() if each.settings.startswith("training.recipes:")}
+    recipes = ("training.recipes:", "training.recipes_tuning:")
+    of_training = {name for name, each in COMMANDS.items() if each.settings.startswith(recipes)}
     assert of_training <= set(RECIPES)
     assert all(not teacher or teacher in plan_model.BUILT_IN for _, teacher in RECIPES.values())
     assert all(gpu.bfloat16 > gpu.float32 and math.isfinite(gpu.bandwidth) for gpu in GPUS.values())
+
+
+def test_what_sharding_refuses_is_refused_and_not_advised(tiny_model, cache, capsys):
+    arguments = ["--teacher", str(tiny_model), "--gpus", "2", "--parallel", "fsdp"]
+    code, found = command(["emoji-cdm", *arguments, "--optimizer", "adamw8bit"], capsys)
+    assert (code, "cannot be sharded" in found["error"]) == (2, True)
+    code, found = command(["emoji-consistency", *arguments], capsys)
+    assert (code, "forward-mode derivatives" in found["error"]) == (2, True)
+    setup = parsed(["emoji-cdm", "--teacher", str(tiny_model), "--gpus", "2"]).setup()
+    small = round(Memory(setup, cache).total * 0.3)
+    flags = [change.flags for change in Advisor(setup, small, SPEED, cache).together()]
+    assert not {"--parallel fsdp", "--optimizer adamw8bit"} <= set(flags)
+
+
+def test_sharded_processes_walk_every_rollout_to_its_end(tiny_model, cache):
+    setup = tiny_setup(tiny_model, dtype="bfloat16", n_max=5, batch=2, gpus=2)
+    sharded = replace(setup, machine=MachineConfig(parallel="fsdp"))
+    assert longest(Memory(sharded, cache)) == 3
+    assert longest(Memory(setup, cache)) < 3
+
+
+def test_the_derivative_of_consistency_costs_its_own_pass(tiny_model, cache):
+    def student_flops(**changes):
+        memory = Memory(
+            parsed(["emoji-consistency", "--teacher", str(tiny_model), *changes.get("flags", [])]).setup(),
+            cache,
+        )
+        assert "student step: derivative" in memory.phases
+        return next(part.flops for part in iteration(memory) if part.name == "student step"), memory
+
+    exact, memory = student_flops()
+    differences, _ = student_flops(flags=["--tangent-step", "1e-5"])
+    forward = memory.plain.no_gradient.forward_flops * memory.setup.share
+    derivative = memory.student.traces.derivative(0.0).forward_flops / memory.plain.no_gradient.forward_flops
+    assert (
+        2 < derivative < 4
+    )  # values and tangents: 2 products of each that depends on x, more of attention's
+    assert exact - differences == pytest.approx((derivative - 2) * forward)
 
 
 def test_consistency_has_no_fake_teacher(tiny_model, capsys):

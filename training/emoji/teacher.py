@@ -30,8 +30,8 @@ from training.ema import EMA
 from training.emoji.autoencoder import autoencoder_sha256, encode_images, load_autoencoder
 from training.emoji.dataset import EmojiDataset, caption
 from training.emoji.model import ModelConfig, build_pipeline
-from training.evalset import Scorer, choose
 from training.errors import TrainingError
+from training.evalset import Scorer, choose
 from training.evaluator import ASSETS, Evaluator
 from training.grid import tile
 from training.losses import renoise
