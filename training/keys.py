@@ -54,12 +54,18 @@ RATES = Group(
     "Learning rates", "learning rate", "What the optimizers were given, warm-up and cool-down included."
 )
 THROUGHPUT = Group("Throughput", "per second", "From the log's own times, pauses between starts left out.")
+SCORES = Group(
+    "Score", "energy distance, latent units",
+    "From the averaged student's 4-step samples to the guided teacher's, in latents: 0 where both are alike, lower is "
+    "better. The best checkpoint is kept (`--score-every`).",
+)  # fmt: skip
 OTHER = Group("Other", "value", "")
 
-GROUPS = (LOSSES, NORMS, WEIGHTS, DIFFERENCES, COSINES, LATENTS, RATES, THROUGHPUT, OTHER)
+GROUPS = (SCORES, LOSSES, NORMS, WEIGHTS, DIFFERENCES, COSINES, LATENTS, RATES, THROUGHPUT, OTHER)
 """In the order in which a report shows them."""
 
 _FAMILIES = (
+    (SCORES, r"^score$"),
     (NORMS, r"(^|_)norm$"),
     (WEIGHTS, r"(^|_)(weight|floored)$"),
     (DIFFERENCES, r"(^|_)(distance|delta|gap)$"),

@@ -184,7 +184,8 @@ def run_session(
         if probe is None or (done % settings.score_every and done < config.steps):
             return None
         rated = probe.score()
-        run.record(done - 1, event="score", score=rated.value)
+        run.record(done - 1, score=rated.value)
+        trackers[0].log(done - 1, {"score": rated.value}, "score")
         return rated
 
     try:

@@ -99,14 +99,14 @@ class Trackers:
             progress.server_has(tracker.run.starting_step)
         return cls(tracker, "wandb", progress)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of iteration `step`, by name; shown in the groups of `training.keys`."""
-        if self._tracker is None or (self._progress and not self._progress.is_new("numbers", step)):
+    def log(self, step: int, values: Mapping[str, float], stream: str = "numbers") -> None:
+        """Numbers of iteration `step`, by name; shown in the groups of `training.keys`. Once a step and `stream`."""
+        if self._tracker is None or (self._progress and not self._progress.is_new(stream, step)):
             return
         grouped = {f"{key_info(name).group.name}/{name}": float(value) for name, value in values.items()}
         self._tracker.log(grouped, step=step)
         if self._progress:
-            self._progress.done("numbers", step)
+            self._progress.done(stream, step)
 
     def image(self, step: int, name: str, picture_HWC: NDArray[np.uint8]) -> None:
         """A picture `(H, W, 3)` uint8 that belongs to iteration `step`."""

@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from engines.families.base import load_family
-from tests.training.tiny_distillation import TEXTS, tiny_config
+from tests.training.tiny_distillation import SMALL, TEXTS, tiny_config
+from tests.training.tiny_tuning import tiny_finetune, tiny_keep
 from training import checkpoint
-from training.distill import Distillation
+from training.config import ConsistencyConfig
+from training.consistency import Consistency
+from training.distill import Distillation, Method
 from training.embeddings import embed_in_memory
 from training.parallel import Parallel, whole
 from training.prompts import Prompts
@@ -27,6 +30,7 @@ class Case:
 
     out: str
     mode: str = "ddp"
+    method: str = "cdm"
     micro_batch: int = 0
     steps: int = 4
     save: str = ""
@@ -43,14 +47,24 @@ class Case:
         return json.dumps(asdict(self))
 
 
-def work_on(folder: Path, case: Case) -> Distillation:
-    config = tiny_config(**case.changes)
+def work_on(folder: Path, case: Case) -> Method:
     parallel = Parallel.start("cpu", case.mode)
+    if case.method == "keep":
+        return tiny_keep(folder, case.micro_batch, parallel, **case.changes)
+    if case.method == "finetune":
+        return tiny_finetune(folder, case.micro_batch, parallel, **case.changes)
     family = load_family(folder)
+    config: Any
+    if case.method == "consistency":
+        shared = {key: SMALL[key] for key in ("steps", "batch", "lr_student", "warmup", "dtype", "n_max")}
+        config = ConsistencyConfig(**{**shared, "tangent_warmup": 1, **case.changes})
+    else:
+        config = tiny_config(**case.changes)
     prompts = Prompts.of([(text, 1.0) for text in TEXTS], "test")
     table = embed_in_memory(family, prompts.texts, getattr(torch, config.dtype))
     roles = Roles(family.transformer, config, parallel, Computing(family.fsdp_units, family.lora_targets))
-    return Distillation(family, config, roles, prompts, table, 128, case.micro_batch)
+    made = Consistency if case.method == "consistency" else Distillation
+    return made(family, config, roles, prompts, table, 128, case.micro_batch)
 
 
 def run(folder: Path, case: Case) -> None:

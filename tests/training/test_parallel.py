@@ -23,12 +23,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 LORA = {"student_rank": 4, "fake_rank": 4, "student_alpha": 8.0, "fake_alpha": 8.0}
-ALONE = {"full": Case("full"), "lora": Case("lora", changes=LORA)}
+OTHERS = ("keep", "finetune", "consistency")
+ALONE = {
+    "full": Case("full"),
+    "lora": Case("lora", changes=LORA),
+    **{method: Case(method, method=method, steps=3) for method in OTHERS},
+}
 TOGETHER = {
     "ddp": Case("ddp"),
     "ddp in micro-batches": Case("ddp-micro", micro_batch=1),
     "fsdp": Case("fsdp", "fsdp"),
     "fsdp of LoRA": Case("fsdp-lora", "fsdp", changes=LORA),
+    **{f"ddp of {method}": Case(f"ddp-{method}", method=method, steps=3) for method in OTHERS},
+    **{f"fsdp of {method}": Case(f"fsdp-{method}", "fsdp", method, steps=3) for method in OTHERS[:2]},
 }
 HALF = 2
 BEGUN_ALONE = {
@@ -98,7 +105,8 @@ def near(wanted: Path, got: Path) -> None:
 @pytest.mark.parametrize("name", TOGETHER)
 def test_two_processes_learn_what_one_does(results, name):
     case = TOGETHER[name]
-    one, two = results / ("lora" if case.changes else "full"), results / case.out
+    like = case.method if case.method in OTHERS else "lora" if case.changes else "full"
+    one, two = results / ALONE[like].out, results / case.out
     alone, both = told(one), told(two)
     assert (alone["world"], both["world"]) == (1, 2)
     for mine, theirs in zip(alone["values"], both["values"], strict=True):

@@ -15,14 +15,17 @@ from training.config import FinetuneConfig, KeepConfig
 from training.embeddings import embed_in_memory
 from training.finetune import Finetune
 from training.keep import Keep, together
+from training.parallel import Parallel
 from training.pictures import Pictures
 from training.prompts import Prompts
-from training.roles import Roles
+from training.roles import Computing, Roles
 
 DOMAIN, GENERAL = ("flag of japan", "green apple"), TEXTS
 
 
-def tiny_finetune(folder: Path, micro_batch: int = 0, **changes: Any) -> Finetune:
+def tiny_finetune(
+    folder: Path, micro_batch: int = 0, parallel: Parallel | None = None, **changes: Any
+) -> Finetune:
     base = {key: SMALL[key] for key in ("steps", "batch", "lr_student", "warmup", "dtype")}
     config = FinetuneConfig(**{**base, **changes})
     family = load_family(folder)
@@ -32,7 +35,7 @@ def tiny_finetune(folder: Path, micro_batch: int = 0, **changes: Any) -> Finetun
     )
     prompts = pictures.prompts()
     table = embed_in_memory(family, prompts.texts, torch.float32)
-    roles = Roles(family.transformer, config)
+    roles = Roles(family.transformer, config, parallel, Computing(family.fsdp_units, family.lora_targets))
     return Finetune(family, config, roles, pictures, latents, prompts, table, micro_batch)
 
 
@@ -45,12 +48,12 @@ def moved_student(folder: Path) -> torch.nn.Module:
     return student
 
 
-def tiny_keep(folder: Path, micro_batch: int = 0, **changes: Any) -> Keep:
+def tiny_keep(folder: Path, micro_batch: int = 0, parallel: Parallel | None = None, **changes: Any) -> Keep:
     config = KeepConfig(**{**SMALL, "fake_warmup": 2, **changes})
     family = load_family(folder)
     domain, general = (Prompts.of([(text, 1.0) for text in texts], "test") for texts in (DOMAIN, GENERAL))
     prompts = together(domain, general)
     table = embed_in_memory(family, prompts.texts, torch.float32)
-    roles = Roles(family.transformer, config)
+    roles = Roles(family.transformer, config, parallel, Computing(family.fsdp_units, family.lora_targets))
     old = moved_student(folder)
     return Keep(family, config, roles, old, domain, general, prompts, table, 128, micro_batch)
