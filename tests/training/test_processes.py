@@ -32,8 +32,8 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int
         done = subprocess.run(
             [
                 sys.executable, "-W", "ignore", *launch, "-m", "training.main", "emoji-cdm", "--teacher",
-                str(tiny_model), "--prompts", str(folder / "p.txt"), "--out", str(folder / str(processes)), "--embeddings",
-                str(folder / f"embeddings-{processes}"), "--parallel", "fsdp", *SMALL,
+                str(tiny_model), "--prompts", str(folder / "p.txt"), "--out", str(folder / str(processes)),
+                "--embeddings", str(folder / f"embeddings-{processes}"), "--parallel", "fsdp", *SMALL,
             ],
             cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
