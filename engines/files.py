@@ -91,6 +91,15 @@ def remove_abandoned_folders(target: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where there can be none. The hub's cache has symbolic links, which are followed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in blocks."""
     with path.open("rb") as file:

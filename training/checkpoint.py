@@ -11,13 +11,13 @@ not). Sharded tensors are written whole, so that a checkpoint moves between worl
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.errors import Diverged, TrainingError
+from training.errors import Diverged, TrainingError, disk_is_full
 from training.parallel import local, whole
 
 
@@ -85,8 +85,11 @@ def save(
     keep: int = 2,
     score: Score | None = None,
     main: bool = True,
+    protect: int | None = None,
 ) -> Path:
-    """Write checkpoint `step`; delete all but the newest `keep` and the best, and what killed runs left behind.
+    """Write checkpoint `step`; delete all but the newest `keep`, the best, and that of step `protect`.
+
+    What killed runs left behind goes too.
 
     Every process takes part in gathering sharded tensors; only `main` writes.
 
@@ -96,40 +99,41 @@ def save(
     """
     if score is not None and not math.isfinite(score.value):
         raise TrainingError(f"score {score.value} of step {step} is not finite; give a finite one, or none")
-    gathered: dict[str, dict[str, Tensor]] = {}
+    target, unfinished = _path(folder, step), folder / f".partial-{step:08d}"
+    failure: Exception | None = None
+    if main:
+        failure = _tried(partial(_begin, folder, unfinished))
+    need = 0
     for group, tensors in groups.items():
-        kept = gathered.setdefault(group, {})
+        # One group at a time: all of a large model's masters and moments together would be main memory's end.
+        gathered: dict[str, Tensor] = {}
         for key, value in tensors.items():
             try:
-                full = gather(value, main)
+                # Whatever failed here, the others wait for this process's shards.
+                full = gather(value, main and failure is None)
             except Diverged:
+                shutil.rmtree(unfinished, ignore_errors=True)
                 raise Diverged(
                     f"{group}/{key} is not finite at step {step}; no checkpoint is written; run again with a lower "
                     "learning rate and another --out"
                 ) from None
+            need += value.numel() * value.element_size()
             if full is not None:
-                kept[key] = full
-    target = folder / f"step-{step:08d}"
+                gathered[key] = full
+        if main and failure is None:
+            failure = _tried(partial(save_file, gathered, unfinished / f"{group}.safetensors"))
     if not main:
         return target
-    partial = folder / f".partial-{step:08d}"
-    try:
-        for leftover in folder.glob(".partial-*"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-        _write(partial, step, gathered, meta, score)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not _disk_is_full(error):
-            raise
-        need = sum(value.nbytes for group in gathered.values() for value in group.values())
+    failure = failure or _tried(partial(_finish, unfinished, target, step, meta, score))
+    if failure is not None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not disk_is_full(failure):
+            raise failure
         raise TrainingError(
             f"no space for the checkpoint of step {step} in {folder}: it takes {need / 1e6:.1f} MB, and the older ones "
             "are untouched; free that much (or keep fewer checkpoints), then the same command goes on"
-        ) from error
-    _rotate(folder, keep)
+        ) from failure
+    _rotate(folder, keep, protect)
     return target
 
 
@@ -153,6 +157,16 @@ def latest(folder: Path, tell: Callable[[str], None] = lambda sentence: None) ->
     return None
 
 
+def at(folder: Path, step: int | None) -> Checkpoint | None:
+    """The whole checkpoint of a step, if it is there."""
+    read = None if step is None else _read(_path(folder, step))
+    return read if isinstance(read, Checkpoint) else None
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
 def best(folder: Path) -> Checkpoint | None:
     """The whole checkpoint with the best score, the older of equals; None if none has one."""
     found = [read for path in sorted(folder.glob("step-*")) if isinstance(read := _read(path), Checkpoint)]
@@ -162,29 +176,43 @@ def best(folder: Path) -> Checkpoint | None:
     return min(scored, key=lambda pair: pair[0].value if pair[0].lower_is_better else -pair[0].value)[1]
 
 
-def _write(
-    partial: Path, step: int, groups: Mapping[str, dict[str, Tensor]], meta: Mapping[str, Any], score: Score | None
-) -> None:  # fmt: skip
-    for name, tensors in groups.items():
-        save_file(tensors, partial / f"{name}.safetensors")
-    sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+def _tried(action: Callable[[], object]) -> Exception | None:
+    """What went wrong with files, if anything."""
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        return error
+    return None
+
+
+def _begin(folder: Path, unfinished: Path) -> None:
+    for leftover in folder.glob(".partial-*"):
+        shutil.rmtree(leftover)
+    unfinished.mkdir(parents=True)
+
+
+def _finish(unfinished: Path, target: Path, step: int, meta: Mapping[str, Any], score: Score | None) -> None:
+    sizes = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
     rated = {} if score is None else {"score": vars(score)}
     text = json.dumps({"step": step, "files": sizes, **rated, **meta}, indent=2)
-    (partial / "meta.json").write_text(text + "\n", encoding="utf-8")
-    for path in (*partial.iterdir(), partial):
+    (unfinished / "meta.json").write_text(text + "\n", encoding="utf-8")
+    for path in (*unfinished.iterdir(), unfinished):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    shutil.rmtree(target, ignore_errors=True)
+    unfinished.rename(target)
 
 
-def _rotate(folder: Path, keep: int) -> None:
+def _rotate(folder: Path, keep: int, protect: int | None) -> None:
     paths = sorted(folder.glob("step-*"))
     # Damaged ones do not count among those kept: a whole one would go for them.
     whole_ones = [path for path in paths if isinstance(_read(path), Checkpoint)]
     top = best(folder)
-    kept = {*whole_ones[-keep:], *([top.path] if top else [])}
+    guarded = [] if protect is None else [_path(folder, protect)]
+    kept = {*whole_ones[-keep:], *([top.path] if top else []), *guarded}
     for path in paths:
         if path not in kept:
             shutil.rmtree(path)
@@ -209,12 +237,6 @@ def _read(path: Path) -> Checkpoint | str:
     except SafetensorError as error:
         return f"{name} is unreadable: {error}"
     return found
-
-
-def _disk_is_full(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return any(f"os error {number}" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def require_same_tensors(saved: Mapping[str, Tensor], present: Mapping[str, Tensor], what: str) -> None:

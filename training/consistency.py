@@ -33,7 +33,6 @@ from training.cpu_kernels import torch_kernels
 from training.distill import PROMPTS, ROLLOUT, SCHEDULE, STUDENT
 from training.draws import Draws, generator
 from training.embeddings import EmbeddingTable
-from training.errors import TrainingError
 from training.losses import Info, euler_step, per_sample, predict_x0
 from training.means import Means, Values
 from training.prompts import Prompts
@@ -106,9 +105,6 @@ class Consistency:
         self, family: Family, config: ConsistencyConfig, roles: Roles, prompts: Prompts, table: EmbeddingTable,
         pass_batch: int = 128, micro_batch: int = 0,
     ) -> None:  # fmt: skip
-        """Raises:
-        TrainingError: an exact derivative is asked of sharded weights.
-        """
         self.family, self.config, self.roles = family, config, roles
         self.prompts, self.table = prompts, table
         self.parallel = roles.parallel
@@ -116,11 +112,6 @@ class Consistency:
         self.pass_batch, self.micro_batch = pass_batch, micro_batch
         self.latent_shape = (family.latent_channels, *family.latent_size)
         self._grid = np.array(family.sigmas(GRID), dtype=np.float64)[::-1].copy()
-        if self.parallel.fsdp and config.tangent_step == 0:
-            raise TrainingError(
-                "tangent_step=0 takes forward-mode derivatives, which FSDP's sharded weights do not have; "
-                "set parallel=ddp, or tangent_step above 0 with dtype=float32"
-            )
 
     def ratio(self, step: int) -> float:
         """r of an iteration: linearly from 0 to 1 over `tangent_warmup` iterations."""

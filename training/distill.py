@@ -278,10 +278,10 @@ class Distillation:
 
 
 class Watched:
-    """What a checkpoint holds of a run: its networks, and the watchdog's memory."""
+    """What a checkpoint holds: networks, the watchdog's memory, and which checkpoint came before trouble."""
 
-    def __init__(self, roles: Roles, watchdog: Watchdog) -> None:
-        self.roles, self.watchdog = roles, watchdog
+    def __init__(self, roles: Roles, watchdog: Watchdog, run: Run) -> None:
+        self.roles, self.watchdog, self.run = roles, watchdog, run
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The roles'."""
@@ -289,12 +289,15 @@ class Watched:
 
     def counters(self) -> Mapping[str, Any]:
         """The roles', and the watchdog's."""
-        return {**self.roles.counters(), "watchdog": self.watchdog.counters()}
+        return {
+            **self.roles.counters(), "watchdog": self.watchdog.counters(), "protected": self.run.protected
+        }  # fmt: skip
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Put all back."""
         self.roles.restore(saved)
         self.watchdog.restore(saved.meta.get("watchdog", {}))
+        self.run.protected = saved.meta.get("protected")
 
 
 def distill(
@@ -316,7 +319,7 @@ def distill(
         Collapsed: the watchdog stopped the run; older checkpoints are kept.
     """
     watchdog = watchdog or Watchdog(WatchdogConfig(watchdog="off"))
-    state = Watched(work.roles, watchdog)
+    state = Watched(work.roles, watchdog, run)
     first = run.resume(state)
     start(first)
     with cpu_kernels():
@@ -324,6 +327,10 @@ def distill(
             values = work.iterate(step)
             run.log(step, every=1, **values)
             verdict = watchdog.observe(step, values)
+            if not watchdog.troubled:
+                run.protected = None
+            elif run.protected is None and run.saved_step:
+                run.protected = run.saved_step
             if verdict.level != "ok":
                 run.tell(step, verdict.level, verdict.diagnosis)
             if verdict.level == "stop":

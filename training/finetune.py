@@ -64,10 +64,10 @@ class Finetune:
                 loss = self.loss(step, rows, pictures_B[list(rows)])
                 share = len(rows) / self.parallel.share(self.config.batch)
                 (loss * share).backward()  # type: ignore[no-untyped-call]
-                means.add({"loss": loss.detach()}, len(rows))
+                means.add({"flow_loss": loss.detach()}, len(rows))
         norm = student.update(step)
         self.roles.ema.update(student.masters)
-        return self.parallel.mean(means.values() | {"norm": norm})
+        return self.parallel.mean(means.values() | {"student_norm": norm})
 
     def loss(self, step: int, rows: Sequence[int], pictures_R: np.ndarray) -> Tensor:
         """Flow matching of a micro-batch, with gradient: samples `rows` of the batch show pictures `pictures_R`."""

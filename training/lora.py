@@ -103,6 +103,26 @@ class Adapters:
         return fold(self.base(), self.parameters(adapter), self.sizes[adapter].scale)
 
 
+def require_rank(transformer: nn.Module, targets: str, adapter: str, rank: int) -> None:
+    """The layers that `targets` names have that rank.
+
+    Raises:
+        TrainingError: one has not.
+    """
+    layers = {
+        name: module
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and re.fullmatch(targets, name)
+    }
+    assert layers, f"{targets} chooses no layer"
+    narrow = min(layers, key=lambda name: min(layers[name].weight.shape))
+    if rank > min(layers[narrow].weight.shape):
+        raise TrainingError(
+            f"--{adapter}-rank={rank} is more than the layer {narrow} {tuple(layers[narrow].weight.shape)} has; "
+            "lower it, or give 0 to train every weight"
+        )
+
+
 def add_adapters(
     transformer: nn.Module, sizes: Mapping[str, Size], targets: str, dtype: torch.dtype, seed: int
 ) -> Adapters:
@@ -117,19 +137,8 @@ def add_adapters(
     Raises:
         TrainingError: a rank larger than a layer.
     """
-    layers = {
-        name: module
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and re.fullmatch(targets, name)
-    }
-    assert layers, f"{targets} chooses no layer"
-    narrow = min(layers, key=lambda name: min(layers[name].weight.shape))
     for adapter, size in sizes.items():
-        if size.rank > min(layers[narrow].weight.shape):
-            raise TrainingError(
-                f"--{adapter}-rank={size.rank} is more than the layer {narrow} "
-                f"{tuple(layers[narrow].weight.shape)} has; lower it, or give 0 to train every weight"
-            )
+        require_rank(transformer, targets, adapter, size.rank)
     transformer.requires_grad_(False)
     for adapter, size in sizes.items():
         config = LoraConfig(

@@ -17,7 +17,7 @@ from engines.export.adapter import merge_, read_adapter
 from engines.families.base import load_family
 from engines.files import replace_folder, sha256_file
 from training.adapter import require_base
-from training.errors import TrainingError
+from training.errors import TrainingError, told_if_full
 from training.student_folder import TeacherHashes
 
 RECORD = "merged.json"
@@ -48,7 +48,8 @@ def with_lora(teacher: Path, adapter: Path, target: Path) -> Path:
         raise TrainingError(str(error)) from error
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    family.save(partial)
+    with told_if_full("the teacher with its LoRA", target.parent):
+        family.save(partial)
     if (teacher / PROVENANCE).is_file():
         shutil.copyfile(teacher / PROVENANCE, partial / PROVENANCE)
     (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from training.checkpoint import require_same_tensors
 from training.config import OptimConfig
-from training.errors import TrainingError
 from training.parallel import Parallel, local
 
 
@@ -104,24 +103,15 @@ class MixedPrecision:
 
 
 def adamw(masters: Sequence[Tensor], config: OptimConfig, lr: float) -> torch.optim.Optimizer:
-    """The configured AdamW over float32 tensors.
-
-    Raises:
-        TrainingError: an 8-bit one without bitsandbytes.
-    """
+    """The configured AdamW over float32 tensors (`require_optimizer` has asked for what it needs)."""
     settings: dict[str, Any] = {
         "lr": lr, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps,
         "weight_decay": config.weight_decay,
     }  # fmt: skip
     if config.optimizer == "adamw":
         return torch.optim.AdamW(masters, fused=True, **settings)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise TrainingError(
-            "--optimizer=adamw8bit needs bitsandbytes, which is not installed; `pip install bitsandbytes`, or leave "
-            "--optimizer at adamw"
-        ) from error
+    from bitsandbytes.optim import AdamW8bit
+
     optimizer: torch.optim.Optimizer = AdamW8bit(list(masters), **settings)
     return optimizer
 

@@ -31,11 +31,13 @@ from training.recipes import (
     emoji_cdm,
     emoji_consistency,
     longcat_cdm,
+    made,
     sd3_cdm,
     sd3_consistency,
     sd35_cdm,
 )
 from training.recipes_tuning import emoji_keep, finetune, keep
+from training.variants import Variant, changes
 
 RECIPES: Mapping[str, tuple[Callable[[], OptimConfig], str]] = {
     "sd3-cdm": (sd3_cdm, HUB_NAMES[SD3.as_posix()]),
@@ -67,6 +69,7 @@ class PlanSettings(CommandSettings, MachineConfig, CDMConfig, env_prefix="CDM_PL
     recipe: CliPositionalArg[str] = Field(
         description=f"recipe: {', '.join(RECIPES)}; its settings are the defaults"
     )
+    variant: Variant = Field("cdm", description="objective of a CDM recipe, as in training")
     teacher: str = Field(
         "", description=f"diffusers folder, hub id, or {', '.join(BUILT_IN)}; empty: the recipe's own"
     )
@@ -100,6 +103,11 @@ class PlanSettings(CommandSettings, MachineConfig, CDMConfig, env_prefix="CDM_PL
         if self.recipe not in RECIPES:
             raise TrainingError(f"there is no recipe {self.recipe!r}; recipes: {', '.join(RECIPES)}")
         base = RECIPES[self.recipe][0]()
+        if self.variant != "cdm":
+            if type(base) is not CDMConfig:
+                raise TrainingError(f"--variant is no setting of {self.recipe}; leave it out")
+            varied = changes(self.variant, base, self.recipe.split("-")[0])
+            base = CDMConfig(**{**base.model_dump(), **varied})
         given = {
             name: getattr(self, name)
             for name in (*CDMConfig.model_fields, *OTHERS)
@@ -109,7 +117,7 @@ class PlanSettings(CommandSettings, MachineConfig, CDMConfig, env_prefix="CDM_PL
             raise TrainingError(
                 f"--{name.replace('_', '-')} is no setting of {self.recipe}; leave it out, or plan another recipe"
             )
-        return type(base)(**{**base.model_dump(), **given})
+        return made(type(base), {**base.model_dump(), **given})
 
     def setup(self) -> Setup:
         """What is planned.
@@ -121,9 +129,12 @@ class PlanSettings(CommandSettings, MachineConfig, CDMConfig, env_prefix="CDM_PL
         teacher = self.teacher or RECIPES[self.recipe][1]
         if not teacher:
             raise TrainingError(f"{self.recipe} has no teacher of its own; name its folder with --teacher")
+        model = describe(teacher)
+        if config.resolution:
+            model = model.at_resolution(config.resolution)
         machine = MachineConfig(**{name: getattr(self, name) for name in MachineConfig.model_fields})
         return Setup(
-            describe(teacher), config, machine, self.gpus, "cpu" if self.device == "cpu" else "gpu",
+            model, config, machine, self.gpus, "cpu" if self.device == "cpu" else "gpu",
             self.sample_every > 0, self.prompt_count, self.keep, round(self.overhead * 1e9), self.fragmentation,
         )  # fmt: skip
 

@@ -43,7 +43,7 @@ class Memory:
         compute = Compute(
             config.dtype, setup.machine.gradient_checkpointing, rank, config.lora_targets, setup.kernels
         )
-        key = setup.model.name, compute
+        key = setup.model.name, setup.model.size, compute
         if key not in self._cache:
             self._cache[key] = Traces(setup.model, compute)
         found: Traces = self._cache[key]
@@ -116,12 +116,15 @@ class Memory:
         found = {name: {"batch: embeddings, latents": self.batch, **parts} for name, parts in found.items()}
         if setup.sample_grids:
             kept = student.count * FLOAT32 if setup.config.dtype == "float32" else 0
-            drawn = student.traces.no_gradient.peak(GRID_PROMPTS)
+            at_once = GRID_PROMPTS * (
+                2 if isinstance(config, FinetuneConfig) else 1
+            )  # with and without guidance
+            drawn = student.traces.no_gradient.peak(at_once)
             decoded = self._decoding.peak(1)
             found["sample grid"] = {"weights put aside": kept, "pass without gradient": max(drawn, decoded)}
-        # A checkpoint's group of tensors is cloned where it lies; an optimizer's is the largest.
-        largest = max(role.moments() for role in (student, self.fake) if role is not None)
-        found["checkpoint"] = {"copy of a group of tensors": max(largest, student.count * FLOAT32)}
+        # Tensor by tensor: whole, and whether each of its numbers is finite.
+        largest = max(tensor.numel() for tensor in self.plain.net.parameters())
+        found["checkpoint"] = {"a tensor, whole and checked": largest * (FLOAT32 * (1 + setup.fsdp) + 1)}
         if setup.model.text_parameters:
             found[EMBEDDING] = {"text encoders, float32": setup.model.text_parameters * FLOAT32}
         return found
@@ -156,14 +159,20 @@ class Memory:
 
     @cached_property
     def main_memory(self) -> Bytes:
-        """Of all processes on this machine: float32 models while loading, and pictures' latents, each its own.
+        """Of all processes on this machine: float32 models while loading, and pictures' latents, each its own; and what
+        the first gathers to write a checkpoint, one file at a time.
 
         Embeddings are read from disk as needed: memory that is free caches them, and none has to be.
         """
         setup = self.setup
         whole = sum(tensor.numel() for tensor in [*self.plain.net.parameters(), *self.plain.net.buffers()])
         loading = setup.model.text_parameters + 2 * whole  # the transformer, and a copy on its way to the GPU
-        found = {"models while loading, float32": setup.gpus * loading * FLOAT32}
+        group = max(sum(role.learning) for role in (self.student, self.fake) if role is not None)
+        written = group * 2 * FLOAT32 * (setup.gpus if setup.fsdp else 1)
+        found = {
+            "models while loading, float32": setup.gpus * loading * FLOAT32,
+            "a checkpoint's largest file": 0 if setup.kernels == "cpu" else written,
+        }
         if isinstance(setup.config, FinetuneConfig):
             latent = math.prod(setup.model.latent) * setup.dtype.itemsize
             found["latents of all pictures"] = setup.gpus * setup.prompts * latent
@@ -222,7 +231,7 @@ class Memory:
     @property
     def _decoding(self) -> Timeline:
         """One pass of the decoder, in float32."""
-        key = self.setup.model.name, "decoding", self.setup.kernels
+        key = self.setup.model.name, self.setup.model.size, "decoding", self.setup.kernels
         if key not in self._cache:
             net: Any = self._autoencoder
 

@@ -9,10 +9,8 @@ From a folder or a hub only JSON is read, and of weights the headers, which say 
 from __future__ import annotations
 
 import json
-import math
-import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from engines.families.base import FAMILIES, HUB_ID, INDEX, Conditioning, Family
 from training.errors import TrainingError
+from training.requirements import require_resolution, stored_numbers
 
 Config = Mapping[str, Any]
 
@@ -43,6 +42,17 @@ class Model:
     """How many tokens the last of them stands for in attention (`engines/families/joint_attention.py`)."""
     text_parameters: int
     """Of all text encoders; 0: not known."""
+
+    def at_resolution(self, side: int) -> Model:
+        """The same model at pictures of `side`².
+
+        Raises:
+            TrainingError: no whole number of tokens, or more than the transformer's position table holds.
+        """
+        downscale = 2 ** (len(self.vae["block_out_channels"]) - 1)
+        unit, table = downscale * 2, self.config.get("pos_embed_max_size")
+        require_resolution(side, unit, None if table is None else int(table))
+        return replace(self, size=side // downscale)
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -179,16 +189,6 @@ def describe(source: str) -> Model:
         source, pipeline, config, size, read("vae/config.json"), tokens, weight,
         sum(stored_numbers(path) for path in encoders),
     )  # fmt: skip
-
-
-def stored_numbers(folder: Path) -> int:
-    """How many numbers a component's safetensors files hold, by their headers alone; 0 where there are none."""
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total
 
 
 def _reader(source: str) -> Callable[[str], dict[str, Any]]:

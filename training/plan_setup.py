@@ -20,6 +20,7 @@ from training.config import (
 from training.errors import TrainingError
 from training.plan_model import Model
 from training.plan_trace import Timeline, Traces
+from training.requirements import require_shardable
 
 Bytes = dict[str, int]
 
@@ -51,16 +52,8 @@ class Setup:
             raise TrainingError(
                 f"--batch={self.config.batch} cannot be divided among {self.gpus} GPUs; give a multiple of {self.gpus}"
             )
-        if self.fsdp and self.config.optimizer == "adamw8bit":
-            raise TrainingError(
-                "--optimizer=adamw8bit keeps moments in blocks that cannot be sharded; give --optimizer adamw, or "
-                "--parallel ddp"
-            )
-        if self.fsdp and isinstance(self.config, ConsistencyConfig) and self.config.tangent_step == 0:
-            raise TrainingError(
-                "consistency takes forward-mode derivatives, which FSDP's sharded weights do not have; give "
-                "--parallel ddp"
-            )
+        if self.fsdp:
+            require_shardable(self.config)
 
     @property
     def share(self) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from training.consistency import total_derivative
+from training.lora import require_rank
 from training.losses import predict_x0, renoise
 from training.plan_meter import Inputs, Meter, Run, kernels
 from training.plan_model import Model
@@ -94,8 +95,10 @@ class Traces:
             from peft import LoraConfig, inject_adapter_in_model
 
             targets = self._family.lora_targets[self.compute.targets]
+            require_rank(net, targets, "student", self.compute.rank)
             net.requires_grad_(False)
-            inject_adapter_in_model(LoraConfig(r=self.compute.rank, target_modules=targets), net)
+            config = LoraConfig(r=self.compute.rank, target_modules=targets)
+            inject_adapter_in_model(config, net, low_cpu_mem_usage=True)
             net = nn.Module.to(net, self.compute.torch_dtype)
         if self.compute.checkpointing:
             # As diffusers does it; on the meta device there is no random state to keep.

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from pydantic import Field, create_model
+from pydantic import Field, ValidationError, create_model
 
 from engines.cli import CommandSettings
 from training.config import CDMConfig, ConsistencyConfig, MachineConfig, OptimConfig
@@ -126,13 +126,27 @@ class DistilSettings(PromptedSettings, CDMConfig):  # type: ignore[misc]
         """The recipe's constants, those of the variant, and those that were given, the later winning."""
         base = {name: getattr(self, name) for name in CDMConfig.model_fields}
         given = {name: base[name] for name in base if name in self.model_fields_set}
-        return CDMConfig(
-            **{**base, **changes(self.variant, CDMConfig(**base), super().recipe().split("_")[0]), **given}
-        )
+        varied = changes(self.variant, CDMConfig(**base), super().recipe().split("_")[0])
+        return made(CDMConfig, {**base, **varied, **given})
 
     def recipe(self) -> str:
         """As for all, and the variant."""
         return super().recipe() + ("" if self.variant == "cdm" else f" {self.variant}")
+
+
+Config = TypeVar("Config", bound=OptimConfig)
+
+
+def made(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """A config of values that were each right by themselves.
+
+    Raises:
+        TrainingError: together they are not.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise TrainingError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error
 
 
 class ConsistencySettings(PromptedSettings, ConsistencyConfig):  # type: ignore[misc]
@@ -218,6 +232,8 @@ def read_or_emoji(paths: list[Path]) -> Prompts:
     from training.prompts import read_prompts
 
     first = paths[0]
+    if first == Path("data/emoji") and not first.exists():
+        raise TrainingError(f"{first} is not there; run `cdm-train emoji-data`, or give --prompts a list")
     if len(paths) == 1 and (first / "dataset.json").is_file():
         return emoji_prompts(first)
     return read_prompts(paths)

@@ -3,7 +3,6 @@
     require_prompts(prompts.texts, config.batch)
     require_model(family)
     require_embeddings(family, table)
-    require_adapter(family.transformer, Path("lora.safetensors"), base_sha256)
     require_disk(out, [Need("3 checkpoints", 9_000_000_000), …])
 
 All raise `TrainingError`, which says what was wrong, what is needed and what to do.
@@ -12,23 +11,22 @@ All raise `TrainingError`, which says what was wrong, what is needed and what to
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Collection, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from engines.families.base import INDEX, Conditioning, Family
+from engines.families.base import FAMILIES, INDEX, Conditioning, Family
+from training.config import ConsistencyConfig, OptimConfig
 from training.embeddings import EmbeddingTable
 from training.errors import TrainingError
-
-BASE_SHA256 = "base_sha256"
-"""Key of an adapter file's metadata: SHA-256 of the transformer it was trained on, as `TeacherHashes.transformer`."""
-
-_A, _B = (".lora_A", ".lora.down", ".lora_down"), (".lora_B", ".lora.up", ".lora_up")
+from training.report.words import size
 
 
 def require_prompts(texts: Sequence[str], batch: int) -> None:
@@ -64,6 +62,24 @@ def require_components(folder: Path) -> None:
                 f"{part} has no weights (*.safetensors), only {_listed(file.name for file in part.iterdir())}; save or "
                 "download it again, with safetensors"
             )
+        for file in sorted(part.glob("*.safetensors")):
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise TrainingError(f"{file} is damaged ({error}); save or download it again") from error
+
+
+def require_resolution(side: int, unit: int, table: int | None) -> None:
+    """Pictures of `side`² have a whole number of tokens of `unit`² pixels, and no more than `table`² of them."""
+    if side % unit:
+        raise TrainingError(
+            f"--resolution={side}: pictures of this teacher have sides of multiples of {unit}"
+        )
+    if table is not None and side > table * unit:
+        raise TrainingError(
+            f"--resolution={side}: the teacher's position table ends at {table * unit}; give at most that"
+        )
 
 
 def require_model(family: Family) -> None:
@@ -99,50 +115,63 @@ def require_embeddings(family: Family, table: EmbeddingTable) -> None:
     _require_finite(row)
 
 
-def require_adapter(transformer: nn.Module, file: Path, base_sha256: str | None = None) -> None:
-    """A LoRA file (diffusers' or PEFT's names) fits `transformer`: every target is there, and factors have its shape.
+def require_optimizer(config: OptimConfig) -> None:
+    """What the optimizer needs is installed."""
+    if config.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise TrainingError(
+            "--optimizer=adamw8bit needs bitsandbytes, which is not installed; `pip install bitsandbytes`, or leave "
+            "--optimizer at adamw"
+        )
 
-    `base_sha256`: of this transformer. Where the file's metadata tell of another base, it is refused as well.
-    """
+
+def require_shardable(config: OptimConfig) -> None:
+    """Optimizer and method work on sharded weights (FSDP)."""
+    if config.optimizer == "adamw8bit":
+        raise TrainingError(
+            "--optimizer=adamw8bit keeps moments in blocks that cannot be sharded; give --optimizer adamw, or "
+            "--parallel ddp"
+        )
+    if isinstance(config, ConsistencyConfig) and config.tangent_step == 0:
+        raise TrainingError(
+            "tangent_step=0 takes forward-mode derivatives, which FSDP's sharded weights do not have; give "
+            "--parallel ddp, or --tangent-step above 0 with --dtype float32"
+        )
+
+
+def require_family(folder: Path) -> None:
+    """The folder's index names a pipeline that is known here."""
     try:
+        named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{folder / INDEX} cannot be read ({error}); --teacher takes a diffusers folder"
+        ) from error
+    if named not in FAMILIES:
+        raise TrainingError(f"{folder} is a {named}; families known here: {', '.join(FAMILIES)}")
+
+
+def require_same_shapes(student: Path, teacher: Path) -> None:
+    """Both folders' transformers have the same tensors, by the headers of their files."""
+    have, want = (tensor_shapes(folder / "transformer") for folder in (student, teacher))
+    for name in sorted(have.keys() ^ want.keys()) or [name for name in want if have[name] != want[name]]:
+        raise TrainingError(
+            f"--student={student} has another shape than the teacher: {name} is {have.get(name, 'absent')} there and "
+            f"{want.get(name, 'absent')} in the teacher; give the student that was distilled from this teacher's base"
+        )
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of all tensors in a component's safetensors files, by name."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            told = (opened.metadata() or {}).get(BASE_SHA256)
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{file} is no readable LoRA (.safetensors): {error}") from error
-    if told and base_sha256 and told != base_sha256:
-        raise TrainingError(
-            f"{file} is a LoRA for another base (transformer sha256 {told[:12]}), this one is {base_sha256[:12]}; use "
-            "the base it was trained on"
-        )
-    layers = {
-        name: tuple(weight.shape)
-        for name, layer in transformer.named_modules()
-        if isinstance(weight := getattr(layer, "weight", None), Tensor) and weight.ndim >= 2
-    }
-    factors: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        for side, marks in (("A", _A), ("B", _B)):
-            for mark in marks:
-                if mark in name and len(shape) >= 2:  # a factor may have a bias
-                    factors.setdefault(_plain(name.split(mark)[0]), {})[side] = shape
-    if not factors:
-        raise TrainingError(f"{file} holds no LoRA factors, but {_listed(shapes)}; give an adapter file")
-    if strange := sorted(factors.keys() - layers.keys()):
-        raise TrainingError(
-            f"{file} is a LoRA for another base: {len(strange)} of its {len(factors)} targets are no layers of this "
-            f"{type(transformer).__name__}, {strange[0]} for one; use the base it was trained on"
-        )
-    for target, pair in factors.items():
-        if pair.keys() != {"A", "B"}:
-            raise TrainingError(f"{file} has one factor of two for {target}; it is damaged, export it again")
-        out, into = layers[target][:2]
-        (rank_a, width), (height, rank_b) = pair["A"][:2], pair["B"][:2]
-        if (height, width) != (out, into) or rank_a != rank_b:
-            raise TrainingError(
-                f"{file} is a LoRA for another base: {target} is {out}×{into} here, its factors are {height}×{rank_b} "
-                f"and {rank_a}×{width}; use the base it was trained on"
-            )
+            found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def stored_numbers(folder: Path) -> int:
+    """How many numbers a component's safetensors files hold, by their headers alone; 0 where there are none."""
+    return sum(math.prod(shape) for shape in tensor_shapes(folder).values())
 
 
 class Need(NamedTuple):
@@ -166,9 +195,9 @@ def require_disk(folder: Path, needs: Collection[Need]) -> None:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free, wanted = shutil.disk_usage(existing).free, sum(need.size for need in needs)
     if wanted > free:
-        parts = ", ".join(f"{need.what} {need.size / 1e9:.1f} GB" for need in needs)
+        parts = ", ".join(f"{need.what} {size(need.size)}" for need in needs if need.size)
         raise TrainingError(
-            f"{folder} needs {wanted / 1e9:.1f} GB ({parts}) and its disk has {free / 1e9:.1f} GB free; make room, "
+            f"{folder} needs {size(wanted)} ({parts}) and its disk has {size(free)} free; make room, "
             "keep fewer checkpoints, or put --out on another disk"
         )
 
@@ -179,12 +208,6 @@ def _require_finite(row: Conditioning) -> None:
             raise TrainingError(
                 f"embeddings {name} of the empty prompt are not finite; delete the embedding folder and run again"
             )
-
-
-def _plain(target: str) -> str:
-    for prefix in ("base_model.model.", "transformer."):
-        target = target.removeprefix(prefix)
-    return target
 
 
 def _shape(value: Tensor) -> str:

@@ -26,7 +26,7 @@ from training.optim import MixedPrecision, adamw, cooled, warmup
 from training.optimizer_state import load_optimizer, optimizer_tensors
 from training.parallel import Parallel, laid_out, whole
 from training.recompute import recompute_blocks
-from training.requirements import checkpoint_bytes
+from training.requirements import checkpoint_bytes, require_optimizer, require_shardable
 
 
 class Network:
@@ -90,16 +90,14 @@ class Roles:
         Only with a `CDMConfig` there is a fake teacher.
 
         Raises:
-            TrainingError: a LoRA rank beyond a layer's size, or 8-bit moments with FSDP2.
+            TrainingError: a LoRA rank beyond a layer's size, no bitsandbytes, or what cannot be sharded.
         """
         computing = computing or Computing()
         self.config = config
         self.parallel = parallel or Parallel(next(transformer.parameters()).device)
-        if self.parallel.fsdp and config.optimizer == "adamw8bit":
-            raise TrainingError(
-                "--optimizer=adamw8bit keeps moments in blocks that cannot be sharded; give --optimizer adamw, or "
-                "--parallel ddp"
-            )
+        require_optimizer(config)
+        if self.parallel.fsdp:
+            require_shardable(config)
         dtype, units = getattr(torch, config.dtype), computing.units
         sizes = {"student": Size(config.student_rank, config.student_alpha)}
         rates = {"student": config.lr_student}
@@ -108,11 +106,11 @@ class Roles:
         # Roles that train every weight are copied while the base has no adapters.
         roles: dict[str, Trained] = {}
         for name in (name for name, size in sizes.items() if not size.rank):
-            net = copy.deepcopy(transformer).float().to(self.parallel.device).eval().requires_grad_(True)
+            net = self._placed(copy.deepcopy(transformer).float()).eval().requires_grad_(True)
             mixed = MixedPrecision.of(self.parallel.shard(net, units), dtype, self.parallel)
             roles[name] = Trained(Network(net), mixed, config, rates[name])
         # torch's own `to`: that of diffusers warns of modules to keep in float32, and lists none.
-        base = nn.Module.to(transformer, self.parallel.device, dtype).eval().requires_grad_(False)
+        base = self._placed(nn.Module.to(transformer, dtype)).eval().requires_grad_(False)
         adapted = {name: size for name, size in sizes.items() if size.rank}
         self.adapters: Adapters | None = None
         if adapted:
@@ -130,6 +128,10 @@ class Roles:
             recompute_blocks(network.net, network.adapters)
         for net in {network.net for network in (self.teacher, *roles.values())} if computing.compile else ():
             compile_blocks(net, units)
+
+    def _placed(self, net: nn.Module) -> nn.Module:
+        """On this process's device. What is to be sharded stays in main memory: FSDP2 moves it block by block."""
+        return net if self.parallel.fsdp else nn.Module.to(net, self.parallel.device)
 
     @property
     def fake(self) -> Trained:

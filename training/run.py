@@ -86,9 +86,11 @@ class Run:
         self.total = total
         self.save_seconds = save_minutes * 60
         self.keep, self.main, self.agree, self.barrier = keep, main, agree, barrier
-        self._saved_step = -1
+        self.saved_step = -1
         self._stopped_by: int | None = None
         self._running: dict[str, float] = {}
+        self.protected: int | None = None
+        """Step of a checkpoint that is kept whatever comes after it: the last one before the watchdog warned."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / CONFIG
         bound = {key: value for key, value in config.items() if key not in free}
@@ -120,7 +122,7 @@ class Run:
         if saved is not None:
             state.restore(saved)
             step = saved.step
-        self._saved_step = step
+        self.saved_step = step
         if self.main:
             self._cut_log(step)
         self.barrier()
@@ -143,6 +145,7 @@ class Run:
                 self.keep,
                 score,
                 self.main,
+                self.protected,
             )
         except (TrainingError, OSError) as error:
             failure = error
@@ -151,7 +154,7 @@ class Run:
             raise failure
         if failed:
             raise TrainingError(f"another process could not save the checkpoint of step {step}; it says why")
-        self._saved_step = step
+        self.saved_step = step
 
     def steps(
         self, start: int, state: State, score: Callable[[int], checkpoint.Score | None] = lambda done: None
@@ -164,7 +167,7 @@ class Run:
             SystemExit: stopped by a signal: 128 + its number, as shells count (130 for Ctrl-C, 143 for SIGTERM).
         """
         previous = {sig: signal.signal(sig, self._on_signal) for sig in (signal.SIGTERM, signal.SIGINT)}
-        saved_at = time.monotonic()
+        saved_at, took = time.monotonic(), 0.0
         try:
             with Bar(self.folder.name, self.total, start, self.main) as bar:
                 for step in range(start, self.total):
@@ -172,15 +175,19 @@ class Run:
                     bar.update(step + 1, self._running)
                     rated = score(step + 1)
                     # The first process's clock decides, and a signal to any stops all.
-                    due = self.main and time.monotonic() - saved_at > self.save_seconds
+                    # Saving tens of GB to a slow disk must not become most of the run.
+                    pause = max(self.save_seconds, 10 * took if took > 1 else 0.0)
+                    due = self.main and time.monotonic() - saved_at > pause
                     stop = self.agree(self._stopped_by is not None)
-                    if rated is not None or ((self.agree(due) or stop) and self._saved_step != step + 1):
+                    if rated is not None or ((self.agree(due) or stop) and self.saved_step != step + 1):
+                        began = time.monotonic()
                         self.save(step + 1, state, rated)
                         saved_at = time.monotonic()
+                        took = saved_at - began
                     if stop:
                         bar.say(f"stopped at step {step + 1}; the same command goes on from there")
                         raise SystemExit(128 + (self._stopped_by or signal.SIGTERM))
-            if start < self.total and self._saved_step != self.total:
+            if start < self.total and self.saved_step != self.total:
                 self.save(self.total, state)
         finally:
             for sig, handler in previous.items():
@@ -214,10 +221,19 @@ class Run:
         self.record(step, event="stop" if level == "stop" else "warning", text=diagnosis)
         self._tell(diagnosis)
 
+    def healthy(self) -> checkpoint.Checkpoint | None:
+        """What is left of a run that failed: the checkpoint with the best score, or the one before it began to fail."""
+        folder = self.folder / "checkpoints"
+        if not folder.is_dir():
+            return None
+        return checkpoint.best(folder) or checkpoint.at(folder, self.protected)
+
     def collapsed(self, diagnosis: str) -> Collapsed:
         """What ends a run that the watchdog stops: the diagnosis, and which checkpoint is left to go on from."""
         folder = self.folder / "checkpoints"
-        left = (checkpoint.best(folder) or checkpoint.latest(folder)) if folder.is_dir() else None
+        left = self.healthy()
+        if left is None and folder.is_dir():
+            left = checkpoint.latest(folder)
         kept = f"checkpoint {left.path.name} is kept" if left else "there is no checkpoint yet"
         return Collapsed(
             f"{diagnosis}; the run is stopped and {kept}; begin anew with other settings and another --out, or let it "

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from engines.export.source import find_student
 from engines.families.base import Family, FamilyError, load_family
@@ -35,27 +35,36 @@ from training.recipes import RUNTIME_FIELDS, TrainSettings
 from training.report.write import write_report
 from training.requirements import (
     Need,
+    checkpoint_bytes,
     require_components,
     require_disk,
     require_embeddings,
+    require_family,
     require_model,
+    require_optimizer,
     require_prompts,
+    require_resolution,
+    require_shardable,
+    stored_numbers,
 )
 from training.roles import Computing, Roles
 from training.run import Run, config_sha256, numpy_generator
-from training.sampling import decode, sample
+from training.sampling import decode, sample, sample_renoise
 from training.student_folder import (
     StudentProvenance,
     TeacherHashes,
     keep_teacher,
+    teacher_bytes,
     teacher_licences,
     write_student,
 )
-from training.trackers import Trackers
+from training.trackers import Trackers, require_tracker
 from training.watchdog import Watchdog
 
 GRID_PROMPTS = 8
 GRID_STEPS = (1, 2, 4)
+GRID_STEPS_GUIDED, GRID_GUIDANCE = (28,), 4.0
+"""Of a model that is fine-tuned, not distilled."""
 GRID_STREAM = 1000
 """Far from the streams of `training.distill`."""
 
@@ -93,8 +102,10 @@ def run_session(
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
     parallel = Parallel.start(settings.device, settings.parallel)
-    parallel.require_divisible(config.batch)
+    _preflight(settings, config, prompts, parallel)
     teacher = find_student(settings.teacher).folder
+    require_family(teacher)
+    require_components(teacher)
     if settings.teacher_lora is not None:
         if parallel.main:
             with_lora(teacher, settings.teacher_lora, settings.out / "teacher-lora")
@@ -115,9 +126,7 @@ def run_session(
         settings.out, recorded, config.steps, settings.save_minutes, free, settings.keep,
         parallel.main, parallel.agree, parallel.barrier,
     )  # fmt: skip
-    require_components(teacher)
-    if not isinstance(config, FinetuneConfig):  # a hundred pictures may share one caption
-        require_prompts(prompts.texts, config.batch)
+    require_disk(settings.out, _written(settings, config, teacher))
     if parallel.main:
         keep_teacher(teacher, hashes, kept)
     parallel.barrier()
@@ -140,7 +149,7 @@ def run_session(
         family.fsdp_units, family.lora_targets, settings.gradient_checkpointing, settings.compile
     )
     roles = Roles(family.transformer, config, parallel, computing)
-    require_disk(settings.out, [Need("checkpoints", (settings.keep + 1) * roles.checkpoint_bytes())])
+    require_disk(settings.out, [Need("checkpoints", _checkpoints(settings) * roles.checkpoint_bytes())])
     work = method(family, roles, table)
 
     trackers: list[Trackers] = []
@@ -191,11 +200,12 @@ def run_session(
     try:
         done = distill(work, run, Watchdog(settings.watchdog_config()), start, after, score)
     except Collapsed as error:
-        if (best := checkpoint.best(run.folder / "checkpoints")) is None:
+        if (left := run.healthy()) is None:
             raise
-        roles.restore(best)
-        export(best.step)
-        raise Collapsed(f"{error}; {settings.out / 'student'} is the one of {best.path.name}") from error
+        roles.restore(left)
+        export(left.step)
+        made = settings.out / settings.product
+        raise Collapsed(f"{error}; {made} is the one of {left.path.name}") from error
     finally:
         for each in trackers:
             each.close()
@@ -211,6 +221,46 @@ def run_session(
     return 0
 
 
+def _preflight(settings: TrainSettings, config: OptimConfig, prompts: Prompts, parallel: Parallel) -> None:
+    """Everything that can be told before a teacher is downloaded, hashed, copied or loaded.
+
+    Raises:
+        TrainingError: settings that cannot be together, too few prompts, or a package that is missing.
+    """
+    parallel.require_divisible(config.batch)
+    require_optimizer(config)
+    if parallel.fsdp:
+        require_shardable(config)
+    require_tracker(settings.tracker)
+    if isinstance(config, FinetuneConfig):  # a hundred pictures may share one caption
+        if settings.score_every:
+            raise TrainingError(
+                f"--score-every={settings.score_every} compares a few-step student with its teacher, and fine-tuning "
+                "has none; leave it out, and measure the model with `cdm-train evaluate`"
+            )
+    else:
+        require_prompts(prompts.texts, config.batch)
+
+
+def _written(settings: TrainSettings, config: OptimConfig, teacher: Path) -> list[Need]:
+    """What a run will write, as far as files tell; of LoRA's checkpoints more is known once the networks are there."""
+    numbers = stored_numbers(teacher / "transformer")
+    roles = 2 if isinstance(config, CDMConfig) else 1
+    trained = 0 if config.student_rank else numbers
+    kept = settings.out / "teacher"
+    return [
+        Need("copy of the teacher", 0 if kept.is_dir() else teacher_bytes(teacher)),
+        Need("student", 2 * 4 * numbers),  # the one that is replaced stays until the new one is whole
+        Need("checkpoints", _checkpoints(settings) * checkpoint_bytes(trained, trained, roles)),
+    ]
+
+
+def _checkpoints(settings: TrainSettings) -> int:
+    """How many more there will be at a time than lie there now: those kept, the best, and the one being written."""
+    there = len(list((settings.out / "checkpoints").glob("step-*")))
+    return max(1, settings.keep + 1 + bool(settings.score_every) - there)
+
+
 def set_resolution(family: Family, side: int) -> None:
     """Train at pictures of `side`² (0: the family's own size).
 
@@ -220,36 +270,35 @@ def set_resolution(family: Family, side: int) -> None:
     if not side:
         return
     unit = family.downscale * family.patch_size
-    if side % unit:
-        raise TrainingError(
-            f"--resolution={side}: pictures of this teacher have sides of multiples of {unit}"
-        )
-    table = getattr(family.transformer.config, "pos_embed_max_size", None)
-    if table is not None and side > table * unit:
-        raise TrainingError(
-            f"--resolution={side}: the teacher's position table ends at {table * unit}; give at most that"
-        )
+    require_resolution(side, unit, getattr(family.transformer.config, "pos_embed_max_size", None))
     family.latent_size = (side // family.downscale, side // family.downscale)
 
 
 def draw_grid(path: Path, work: Method, prompts: Prompts, table: EmbeddingTable) -> NDArray[np.uint8]:
     """Fixed prompts and seeds × 1, 2 and 4 steps of the averaged student; `prompts.json` names the columns.
 
-    Every process draws it, for the weights may be sharded; the first one writes. The sheet: `(H, W, 3)`.
+    A student of consistency is re-noised, as it is made for; a fine-tuned teacher is drawn in 28 guided steps. Every
+    process draws it, for the weights may be sharded; the first one writes. The sheet: `(H, W, 3)`.
     """
-    family = work.family
-    columns = prompts.draw(numpy_generator(work.roles.config.seed, 0, GRID_STREAM), GRID_PROMPTS)
-    cond, seeds = table.rows(columns, work.roles.parallel.device), range(GRID_PROMPTS)
+    family, config = work.family, work.roles.config
+    tuned = isinstance(config, FinetuneConfig)
+    counts, guidance = (GRID_STEPS_GUIDED, GRID_GUIDANCE) if tuned else (GRID_STEPS, 1.0)
+    columns = prompts.draw(numpy_generator(config.seed, 0, GRID_STREAM), GRID_PROMPTS)
+    device, seeds = work.roles.parallel.device, range(GRID_PROMPTS)
+    cond, uncond = table.rows(columns, device), table.unconditional(GRID_PROMPTS, device)
+
+    def drawn(steps: int) -> Tensor:
+        sigmas = family.sigmas(steps)
+        if isinstance(config, ConsistencyConfig):
+            return sample_renoise(family, cond, sigmas, seeds)
+        return sample(family, cond, sigmas, seeds, guidance, uncond)
+
     teacher = family.transformer
     with work.roles.averaged() as student, student.active():
         family.transformer = student.net
         try:
             # One picture at a time: decoding eight of 1024² at once takes tens of GB.
-            rows = [
-                decode(family, latents_CHW[None])
-                for steps in GRID_STEPS
-                for latents_CHW in sample(family, cond, family.sigmas(steps), seeds)
-            ]
+            rows = [decode(family, latents_CHW[None]) for steps in counts for latents_CHW in drawn(steps)]
         finally:
             family.transformer = teacher
     sheet = tile(np.concatenate(rows), GRID_PROMPTS)
@@ -258,7 +307,7 @@ def draw_grid(path: Path, work: Method, prompts: Prompts, table: EmbeddingTable)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     listing: dict[str, Any] = {
-        "rows_are_steps": GRID_STEPS, "columns": [prompts.texts[index] for index in columns]
+        "rows_are_steps": counts, "columns": [prompts.texts[index] for index in columns]
     }  # fmt: skip
     text = json.dumps(listing, indent=2, ensure_ascii=False)
     path.with_name("prompts.json").write_text(text + "\n", encoding="utf-8")

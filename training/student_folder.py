@@ -15,8 +15,8 @@ from torch import Tensor
 
 from engines.bundle import PROVENANCE
 from engines.families.base import load_family
-from engines.files import replace_folder, sha256_file, sha256_files, write_text_atomically
-from training.errors import TrainingError
+from engines.files import link, replace_folder, sha256_file, sha256_files, write_text_atomically
+from training.errors import TrainingError, told_if_full
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ def _component_files(folder: Path) -> list[Path]:
     return [index, *(path for name in names for path in sorted((folder / name).rglob("*")) if path.is_file())]
 
 
+def teacher_bytes(folder: Path) -> int:
+    """Of what `keep_teacher` copies."""
+    return sum(file.stat().st_size for file in _component_files(folder))
+
+
 def keep_teacher(teacher: Path, hashes: TeacherHashes, kept: Path) -> None:
     """Copy the model in `teacher` to `kept`, unless it is there: a student is written around its teacher's text
     encoders and autoencoder, which must be those it was trained with, whatever becomes of `teacher` meanwhile.
@@ -82,10 +87,11 @@ def keep_teacher(teacher: Path, hashes: TeacherHashes, kept: Path) -> None:
         return
     partial = kept.with_name(f".{kept.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for file in _component_files(teacher):
-        copy = partial / file.relative_to(teacher)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
+    with told_if_full("a copy of the teacher", kept.parent):
+        for file in _component_files(teacher):
+            copy = partial / file.relative_to(teacher)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
     if TeacherHashes.of(partial) != hashes:
         shutil.rmtree(partial)
         raise TrainingError(f"--teacher={teacher} changed while it was copied; run the same command again")
@@ -114,9 +120,13 @@ def write_student(
 ) -> None:
     """Write `folder` as the teacher's folder with `weights` (float32, by parameter name) in its transformer.
 
+    What is not trained is hard-linked, or copied where that cannot be: text encoders may be ten times the rest.
     A student that was there stays whole until the new one is; its recorded metrics stay if it is the same student.
+
+    Raises:
+        TrainingError: the disk is full; what was there is untouched.
     """
-    family = load_family(teacher, torch.float32)
+    family = load_family(teacher, torch.float32, only=("transformer",))
     parameters = dict(family.transformer.named_parameters())
     assert parameters.keys() == weights.keys(), parameters.keys() ^ weights.keys()
     with torch.no_grad():
@@ -124,7 +134,12 @@ def write_student(
             parameters[name].copy_(value)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    family.save(partial, family.transformer)
+    with told_if_full("the student", folder.parent):
+        transformer: Any = family.transformer
+        transformer.save_pretrained(partial / "transformer", safe_serialization=True)
+        for file in _component_files(teacher):
+            if (name := file.relative_to(teacher)).parts[0] != "transformer":
+                link(file, partial / name)
     document = json.loads(json.dumps(asdict(provenance)))
     if (folder / PROVENANCE).is_file():
         before = read_recorded(folder)

@@ -17,6 +17,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -33,6 +34,23 @@ TENSORBOARD = "tensorboard"
 """Folder of the event files within the run's."""
 WANDB_STATE = "wandb.json"
 EXTRAS = {"tensorboard": "train", "wandb": "wandb"}
+
+
+def require_tracker(kind: Kind) -> None:
+    """The tracker's package is installed; whether W&B lets one in is known when it starts.
+
+    Raises:
+        TrainingError: it is not.
+    """
+    if kind != "none" and find_spec(kind) is None:
+        raise TrainingError(_missing(kind, kind))
+
+
+def _missing(kind: Kind, package: str) -> str:
+    return (
+        f"--tracker={kind} needs the package {package!r}, which is not installed; "
+        f"pip install 'cdm-serve[{EXTRAS[kind]}]', or use --tracker none"
+    )
 
 
 class Trackers:
@@ -61,10 +79,7 @@ class Trackers:
                 else cls._wandb(folder, config)
             )
         except ModuleNotFoundError as error:
-            raise TrainingError(
-                f"--tracker={kind} needs the package {error.name!r}, which is not installed; "
-                f"pip install 'cdm-serve[{EXTRAS[kind]}]', or use --tracker none"
-            ) from error
+            raise TrainingError(_missing(kind, str(error.name))) from error
 
     @classmethod
     def _tensorboard(cls, folder: Path, config: Mapping[str, Any], step: int) -> Self:

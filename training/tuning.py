@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from engines.export.source import find_student
 from engines.families.base import Family
 from training.distill import Method
 from training.embeddings import EmbeddingTable
@@ -12,6 +13,7 @@ from training.keep import Keep, load_student, together
 from training.pictures import encode_pictures, read_pictures
 from training.prompts import Prompts
 from training.recipes_tuning import FinetuneSettings, KeepSettings
+from training.requirements import require_same_shapes
 from training.roles import Roles
 from training.session import run_session
 from training.student_folder import TeacherHashes
@@ -20,6 +22,9 @@ from training.student_folder import TeacherHashes
 def train_student(settings: KeepSettings, domain: Prompts, general: Prompts) -> int:
     """Fine-tune a distilled student, keeping what it could do; see `run_session`."""
     config, prompts = settings.config(), together(domain, general)
+    teacher = find_student(settings.teacher).folder
+    if teacher.is_dir() and settings.student.is_dir():
+        require_same_shapes(settings.student, teacher)
     hashes = {
         "student_sha256": TeacherHashes.of(settings.student, "--student").transformer,
         "domain_sha256": domain.sha256(),

@@ -95,6 +95,7 @@ SPREAD = "the student's latents {what}; lower lr_student or guidance, or raise f
 FAKE = "the fake teacher does not follow the student and DM is meaningless; raise lr_fake or student_every"
 SAME = "the fake teacher is still the teacher and DM does nothing; raise lr_fake, unless the student has converged"
 GROWTH = "the student moves away from the teacher; lower guidance, weight_ca or lr_student"
+FLOW = "what was learnt is being lost; lower lr_student, or lengthen warmup"
 NORM = "updates are erratic; lower the learning rate (lr_student, lr_fake) or lengthen warmup"
 FLOOR = "the weight no longer adapts to the sample; lower weight_floor"
 OPPOSED = "CA and DM cancel each other; lower guidance, or weight_ca against weight_dm"
@@ -139,6 +140,15 @@ class Watchdog:
         )
         return Verdict(level, "; ".join(stops + warns))
 
+    @property
+    def troubled(self) -> bool:
+        """Whether a warning is still open of what may stop a run."""
+        return any(
+            signal.warned and self._rule(name, signal).stops
+            for name, signal in self.signals.items()
+            if signal.warned
+        )
+
     def counters(self) -> dict[str, Any]:
         """State as JSON."""
         return {name: vars(signal).copy() for name, signal in self.signals.items()}
@@ -170,7 +180,7 @@ class Watchdog:
         }
 
     def _watched(self, name: str) -> bool:
-        known = ("x0_std", "x0_spread", "x0_mean", "fake", "ca", "cos_ca_dm")
+        known = ("x0_std", "x0_spread", "x0_mean", "fake", "ca", "cos_ca_dm", "flow_loss")
         return name in known or name.endswith(("_distance", "_norm", "_floored", "_gap"))
 
     def _rule(self, name: str, signal: Signal) -> Rule:
@@ -204,6 +214,7 @@ class Watchdog:
         limit, advice = {
             "fake": (config.watchdog_fake, FAKE),
             "ca": (config.watchdog_ca, GROWTH),
+            "flow_loss": (config.watchdog_distance, FLOW),
         }.get(
             name,
             (config.watchdog_norm, NORM) if name.endswith("_norm") else (config.watchdog_distance, GROWTH),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from engines.errors import ExportError
 from engines.export.adapter import Adapter, merge_, read_adapter
 from engines.families.base import INDEX
 from engines.families.loading import quiet
+from engines.files import link
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights that are loaded as they are; all else is a quantized checkpoint, which wants its own code."""
@@ -80,10 +80,10 @@ def _write(base: Path, index: dict[str, tuple[str, str]], adapter: Adapter, into
         else:
             for path in sorted((base / name).rglob("*")):
                 if path.is_file() and path.suffix in MODEL_FILES:
-                    _link(path, into / path.relative_to(base))
+                    link(path, into / path.relative_to(base))
     for name in (INDEX, PROVENANCE):
         if (base / name).is_file():
-            _link(base / name, into / name)
+            link(base / name, into / name)
 
 
 def _write_merged(base: Path, name: str, library: str, kind: str, adapter: Adapter, into: Path) -> None:
@@ -106,18 +106,9 @@ def _write_merged(base: Path, name: str, library: str, kind: str, adapter: Adapt
         raise OSError(f"{name}: {error}") from error
     # The model is what it was, and what is written into a configuration tells of this machine.
     (into / name / CONFIG).unlink()
-    _link(base / name / CONFIG, into / name / CONFIG)
+    link(base / name / CONFIG, into / name / CONFIG)
     del module
     gc.collect()
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where there can be none. The hub's cache has symbolic links, which are followed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def components(folder: Path) -> dict[str, tuple[str, str]]:

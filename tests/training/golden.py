@@ -14,12 +14,14 @@ import torch
 
 from engines.families.base import load_family
 from tests.folders import FOLDERS
-from training.config import CDMConfig, OptimConfig
+from tests.training.tiny_tuning import tiny_finetune, tiny_keep
+from training.config import CDMConfig, ConsistencyConfig, FinetuneConfig, KeepConfig, OptimConfig
 from training.consistency import Consistency
-from training.distill import Distillation
+from training.distill import Distillation, Method
 from training.embeddings import embed_in_memory
 from training.prompts import Prompts
 from training.recipes import emoji_cdm, emoji_consistency, longcat_cdm, sd3_cdm, sd3_consistency, sd35_cdm
+from training.recipes_tuning import emoji_keep, finetune, keep
 from training.roles import Roles
 from training.variants import VARIANTS, changes
 
@@ -32,6 +34,9 @@ RECIPES: dict[str, tuple[str, Callable[[], OptimConfig]]] = {
     "longcat-cdm": ("longcat", longcat_cdm),
     "sd3-consistency": ("sd3-medium", sd3_consistency),
     "emoji-consistency": ("emoji", emoji_consistency),
+    "finetune": ("sd3-medium", finetune),
+    "finetune-student": ("sd3-medium", keep),
+    "emoji-finetune-student": ("emoji", emoji_keep),
 }
 """Recipe → folder of `tests/folders.py`, config; emoji's CDM ones are made of the variants."""
 
@@ -48,24 +53,33 @@ def cases() -> Iterator[tuple[str, str, OptimConfig]]:
 
 def first_losses(teacher: Path, config: OptimConfig) -> dict[str, list[float]]:
     """Every logged loss of the first 20 iterations, by name; float32, two prompts a step, one thread."""
-    small = config.model_copy(update={"batch": 2, "dtype": "float32", "warmup": 10, "n_max": 8})
+    shorter = {"batch": 2, "dtype": "float32", "warmup": 10, "n_max": 8, "fake_warmup": 4}
+    update = {name: value for name, value in shorter.items() if name in type(config).model_fields}
+    small = config.model_copy(update=update)
     torch.set_num_threads(1)
+    work = _work(teacher, small)
+    losses: dict[str, list[float]] = {}
+    for step in range(STEPS):
+        for name, value in work.iterate(step).items():
+            if name in ("fake", "ca", "dm", "cdm", "student", "loss", "tangent", "flow_loss", "keep"):
+                losses.setdefault(name, []).append(float(f"{value:.6g}"))
+    return losses
+
+
+def _work(teacher: Path, small: OptimConfig) -> Method:
+    if isinstance(small, FinetuneConfig):
+        return tiny_finetune(teacher, **small.model_dump())
+    if isinstance(small, KeepConfig):
+        return tiny_keep(teacher, **small.model_dump())
     family = load_family(teacher)
     family.latent_size = (8, 8)
     prompts = Prompts.of([(text, 1.0) for text in TEXTS], "golden")
     table = embed_in_memory(family, prompts.texts, torch.float32)
     roles = Roles(family.transformer, small)
-    work: Distillation | Consistency
     if isinstance(small, CDMConfig):
-        work = Distillation(family, small, roles, prompts, table)
-    else:
-        work = Consistency(family, small, roles, prompts, table)  # type: ignore[arg-type]
-    losses: dict[str, list[float]] = {}
-    for step in range(STEPS):
-        for name, value in work.iterate(step).items():
-            if name in ("fake", "ca", "dm", "cdm", "student", "loss", "tangent"):
-                losses.setdefault(name, []).append(float(f"{value:.6g}"))
-    return losses
+        return Distillation(family, small, roles, prompts, table)
+    assert isinstance(small, ConsistencyConfig)
+    return Consistency(family, small, roles, prompts, table)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +90,26 @@ def test_provenance_says_where_the_student_comes_from(run, teacher):
     assert written["licences"] == ["MIT", "CC-BY-4.0"]
     assert written["teacher"].startswith("tiny (transformer sha256 ")
     assert read_provenance(run / "student").licences == ("MIT", "CC-BY-4.0")
+
+
+def test_what_is_not_trained_is_shared_with_the_copy_of_the_teacher_not_written_again(run):
+    for name in ("vae", "text_encoder"):
+        mine, kept = (next((run / folder / name).glob("*.safetensors")) for folder in ("student", "teacher"))
+        assert mine.samefile(kept)
+
+
+def test_checkpoints_that_are_there_need_no_more_room(run, teacher, prompts, monkeypatch, capsys):
+    import training.requirements as requirements
+
+    written = sum(file.stat().st_size for file in (run / "checkpoints").glob("step-*/*"))
+    model = 2 * sum(file.stat().st_size for file in (run / "student" / "transformer").glob("*.safetensors"))
+    given = ["emoji-cdm", "--teacher", str(teacher), "--prompts", str(prompts), "--out", str(run), *SMALL]
+    for room, code in ((model + 2.1 * written, 0), (model + 1.9 * written, 2)):
+        monkeypatch.setattr(
+            requirements.shutil, "disk_usage", lambda path, free=room: SimpleNamespace(free=free)
+        )
+        assert main(given) == code
+    assert "keep fewer checkpoints" in capsys.readouterr().err
 
 
 def test_a_grid_shows_fixed_prompts_at_one_two_and_four_steps(run):
@@ -188,7 +209,13 @@ def test_a_teacher_that_changes_while_it_is_copied_is_refused(teacher, tmp_path)
 )
 def test_a_mistake_is_one_clear_line_and_leaves_nothing(teacher, prompts, tmp_path, capsys, change, message):
     out = tmp_path / "out"
-    base = {"--teacher": str(teacher), "--prompts": str(prompts), "--out": str(out), change[0]: change[1]}
+    base = {
+        "--teacher": str(teacher),
+        "--prompts": str(prompts),
+        "--out": str(out),
+        "--batch": "2",
+        change[0]: change[1],
+    }
     assert main(["emoji-cdm", *(word for pair in base.items() for word in pair)]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -129,6 +129,32 @@ def test_the_command_writes_a_model_that_any_recipe_distils(tiny_model, tmp_path
     assert (tmp_path / "cdm" / "student" / "model_index.json").is_file()
 
 
+def test_a_score_is_refused_at_once_for_there_is_no_teacher_to_near(tiny_model, tmp_path, capsys):
+    pictures = build(tmp_path / "p", GOOD)
+    given = [
+        "finetune",
+        "--teacher",
+        str(tiny_model),
+        "--pictures",
+        str(pictures),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main([*given, *SMALL, "--score-every", "2"]) == 2
+    assert "--score-every=2 compares a few-step student with its teacher" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_its_grid_is_guided_and_its_report_has_the_models_record(tiny_model, tmp_path):
+    pictures, out = build(tmp_path / "p", GOOD), tmp_path / "run"
+    given = ["finetune", "--teacher", str(tiny_model), "--pictures", str(pictures), "--out", str(out), *SMALL]
+    more = ["--embeddings", str(tmp_path / "e"), "--tracker", "none", "--sample-every", "1"]
+    assert main([*given, *more]) == 0
+    assert json.loads((out / "samples" / "prompts.json").read_text())["rows_are_steps"] == [28]
+    provenance = json.loads((out / "model" / "provenance.json").read_text())
+    assert provenance["config_sha256"][:12] in (out / "report.html").read_text()
+
+
 def test_other_pictures_are_another_run(tiny_model, tmp_path, capsys):
     pictures = build(tmp_path / "p", GOOD)
     given = [

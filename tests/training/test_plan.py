@@ -14,8 +14,9 @@ from tests.training.tiny_distillation import tiny_distillation
 from training.cpu_kernels import cpu_kernels
 from training.errors import TrainingError
 from training.plan_memory import Memory
-from training.plan_model import BUILT_IN, describe, stored_numbers
+from training.plan_model import BUILT_IN, describe
 from training.plan_trace import Compute, Traces
+from training.requirements import stored_numbers
 
 
 @pytest.fixture(scope="module")

@@ -219,6 +219,24 @@ def test_what_cannot_be_planned_is_said(arguments, message, capsys):
     assert message in found["error"]
 
 
+def test_resolution_variant_and_ranks_are_planned_as_they_are_trained(tiny_model, capsys):
+    base = ["emoji-cdm", "--teacher", str(tiny_model)]
+    plain = Memory(parsed(base).setup())
+    small = Memory(parsed([*base, "--resolution", "32"]).setup())
+    assert small.phases["rollout"]["pass without gradient"] < plain.phases["rollout"]["pass without gradient"]
+    code, found = command([*base, "--resolution", "24"], capsys)
+    assert (code, "multiples of 16" in found["error"]) == (2, True)
+    parity = Memory(parsed([*base, "--variant", "parity"]).setup()).passes
+    assert (parity.rollout, parity.student) == (4.5, 3)
+    assert Memory(parsed([*base, "--variant", "dmd2"]).setup()).passes.student == 1
+    code, found = command(["emoji-consistency", *base[1:], "--variant", "dmd2"], capsys)
+    assert (code, "--variant is no setting" in found["error"]) == (2, True)
+    code, found = command([*base, "--student-rank", "4096", "--fake-rank", "4096"], capsys)
+    assert (code, "is more than the layer" in found["error"]) == (2, True)
+    code, found = command([*base, "--cooldown", "2000"], capsys)
+    assert (code, "cooldown=2000 is longer than steps=1000" in found["error"]) == (2, True)
+
+
 def test_every_recipe_can_be_planned():
     recipes = ("training.recipes:", "training.recipes_tuning:")
     of_training = {name for name, each in COMMANDS.items() if each.settings.startswith(recipes)}

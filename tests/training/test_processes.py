@@ -15,7 +15,8 @@ from training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
-    "--steps", "4", "--batch", "4", "--n-max", "2", "--warmup", "1", "--lr-student", "0.01", "--sample-every", "2",
+    "--steps", "4", "--batch", "4", "--n-max", "2", "--warmup", "1", "--lr-student", "1e-4", "--lr-fake", "1e-4",
+    "--sample-every", "2",
     "--score-every", "2", "--dtype", "float32", "--device", "cpu", "--watchdog", "warn",
 )  # fmt: skip
 

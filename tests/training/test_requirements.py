@@ -9,23 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engines.families.base import Family, load_family
 from tests.tiny_longcat import build_tiny_longcat
 from tests.tiny_sd3 import build_tiny_sd3
+from training.config import CDMConfig, ConsistencyConfig
 from training.embeddings import EmbeddingTable, embed_in_memory
-from training.errors import TrainingError
+from training.errors import TrainingError, told_if_full
+from training.merge import with_lora
 from training.requirements import (
-    BASE_SHA256,
     Need,
     checkpoint_bytes,
-    require_adapter,
     require_components,
     require_disk,
     require_embeddings,
+    require_family,
     require_model,
+    require_optimizer,
     require_prompts,
+    require_same_shapes,
+    require_shardable,
 )
 
 
@@ -46,19 +51,17 @@ def adapter(tiny_model: Path, tmp_path: Path) -> Path:
     state = get_peft_model_state_dict(transformer)
     file = tmp_path / "lora.safetensors"
     named = {f"transformer.{name}": value.contiguous() for name, value in state.items()}
-    save_file(named, file, {BASE_SHA256: "a" * 64})
+    save_file(named, file)
     return file
 
 
-def test_what_is_right_passes(family, longcat, adapter, tiny_model, tmp_path):
+def test_what_is_right_passes(family, longcat, tiny_model, tmp_path):
     require_prompts(["a", "b"], 2)
     require_components(tiny_model)
     require_disk(tmp_path / "not" / "yet", [Need("checkpoints", 1)])
     for each in (family, longcat):
         require_model(each)
         require_embeddings(each, embed_in_memory(each, ["red apple"], torch.float32))
-    require_adapter(family.transformer, adapter, "a" * 64)
-    require_adapter(family.transformer, adapter)
 
 
 @pytest.mark.parametrize(
@@ -109,38 +112,71 @@ def test_embeddings_that_are_not_finite_are_refused(family):
         require_embeddings(family, EmbeddingTable([empty], [(0, 0)], empty))
 
 
-def test_a_lora_for_another_base_is_refused(family, longcat, adapter, tmp_path):
-    wide = load_family(build_tiny_sd3(tmp_path / "wide", head_dim=8))
-    with pytest.raises(TrainingError, match=r"another base: .* is 32×32 here, its factors are 64×2 and 2×64"):
-        require_adapter(wide.transformer, adapter)
-    with pytest.raises(
-        TrainingError, match=r"another base: \d+ of its \d+ targets are no layers of this LongCat"
-    ):
-        require_adapter(longcat.transformer, adapter)
-    with pytest.raises(
-        TrainingError, match=r"another base \(transformer sha256 aaaaaaaaaaaa\), this one is bbb"
-    ):
-        require_adapter(family.transformer, adapter, "b" * 64)
-
-
-def test_a_file_that_is_no_whole_lora_is_refused(family, adapter, tmp_path, tiny_model):
+def test_a_lora_for_another_base_is_refused_before_anything_is_written(tiny_model, adapter, tmp_path):
+    wide = build_tiny_sd3(tmp_path / "wide", head_dim=8)
+    other = build_tiny_longcat(tmp_path / "longcat")
+    for folder in (wide, other):
+        with pytest.raises(TrainingError, match=r"lora\.safetensors"):
+            with_lora(folder, adapter, tmp_path / "merged")
     tensors = load_file(adapter)
     tensors.pop(next(name for name in tensors if "lora_B" in name))
     save_file(tensors, tmp_path / "half.safetensors")
-    with pytest.raises(TrainingError, match="one factor of two"):
-        require_adapter(family.transformer, tmp_path / "half.safetensors")
-    with pytest.raises(TrainingError, match="holds no LoRA factors"):
-        require_adapter(family.transformer, next((tiny_model / "transformer").glob("*.safetensors")))
-    adapter.write_bytes(adapter.read_bytes()[:100])
-    with pytest.raises(TrainingError, match="no readable LoRA"):
-        require_adapter(family.transformer, adapter)
+    for file in (tmp_path / "half.safetensors", next((tiny_model / "transformer").glob("*.safetensors"))):
+        with pytest.raises(TrainingError, match=file.name):
+            with_lora(tiny_model, file, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    with_lora(tiny_model, adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "transformer").is_dir()
+
+
+def test_a_damaged_component_is_named_before_anything_is_loaded(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "copy")
+    weights = next((folder / "text_encoder").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(TrainingError, match=rf"text_encoder/{weights.name} is damaged"):
+        require_components(folder)
+
+
+def test_a_pipeline_of_no_known_family_is_told_by_its_index(tiny_model, tmp_path):
+    require_family(tiny_model)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(
+        TrainingError, match="is a FluxPipeline; families known here: StableDiffusion3Pipeline"
+    ):
+        require_family(tmp_path)
+
+
+def test_a_student_of_other_shapes_is_told_by_headers(tiny_model, tmp_path):
+    require_same_shapes(tiny_model, tiny_model)
+    wide = build_tiny_sd3(tmp_path / "wide", head_dim=8)
+    with pytest.raises(TrainingError, match=r"--student=.*wide has another shape than the teacher"):
+        require_same_shapes(wide, tiny_model)
+
+
+def test_what_cannot_be_sharded_or_is_not_installed_is_told(monkeypatch):
+    require_shardable(CDMConfig())
+    with pytest.raises(TrainingError, match="cannot be sharded"):
+        require_shardable(CDMConfig(optimizer="adamw8bit"))
+    with pytest.raises(TrainingError, match="forward-mode derivatives"):
+        require_shardable(ConsistencyConfig())
+    monkeypatch.setattr("training.requirements.find_spec", lambda name: None)
+    require_optimizer(CDMConfig())
+    with pytest.raises(TrainingError, match="pip install bitsandbytes"):
+        require_optimizer(CDMConfig(optimizer="adamw8bit"))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error: (os error 28)")])
+def test_a_disk_that_fills_up_is_a_sentence(error, tmp_path):
+    told = pytest.raises(TrainingError, match=f"no space for the student in {tmp_path}; make room")
+    with told, told_if_full("the student", tmp_path):
+        raise error
+    with pytest.raises(PermissionError), told_if_full("the student", tmp_path):
+        raise PermissionError(13, "no")
 
 
 def test_a_full_disk_is_told_beforehand(tmp_path):
     needs = [Need("3 checkpoints", 10**18), Need("embeddings", 5 * 10**17)]
-    with pytest.raises(
-        TrainingError, match=r"needs 1500000000\.0 GB \(3 checkpoints 1000000000\.0 GB, embeddings"
-    ):
+    with pytest.raises(TrainingError, match=r"needs 1500000\.0 TB \(3 checkpoints 1000000\.0 TB, embeddings"):
         require_disk(tmp_path / "run", needs)
 
 

@@ -91,3 +91,23 @@ def test_off_trajectory_points_stay_below_the_anchor_if_asked(tiny_model, monkey
             work.terms(tiny_part(work, step), student_draws(work, step))
     assert all(seen[:6])
     assert not all(seen[6:])
+
+
+def test_flags_that_leave_a_variant_nothing_to_learn_are_one_sentence(tiny_model, tmp_path, capsys):
+    from training.main import main
+
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("red apple\n")
+    given = [
+        "emoji-cdm",
+        "--teacher",
+        str(tiny_model),
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*given, "--variant", "cdm-only", "--weight-cdm", "0"]) == 2
+    error = capsys.readouterr().err
+    assert "nothing would be learnt; set one of them" in error
+    assert error.count("\n") == 1

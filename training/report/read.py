@@ -116,7 +116,8 @@ def read_run(folder: Path) -> RunData:
         run.starts = read_starts(folder)
     except TrainingError as error:
         run.notes.append(str(error))
-    run.provenance = _object(folder / "student" / "provenance.json", run.notes)
+    made = [folder / product / "provenance.json" for product in ("student", "model")]
+    run.provenance = _object(next((path for path in made if path.is_file()), made[0]), run.notes)
     run.evaluations = _evaluations(folder, run)
     run.checkpoints = sorted(_numbered(folder / "checkpoints", "step-*"))
     grids = _numbered(folder / "samples", "step-*.png")
