@@ -59,15 +59,16 @@ model: $(TEST)/.installed ## train a model like the bundled one from nothing and
 	$(BIN)/cdm-train emoji-cdm --threads 2 --teacher $(RUNS)/teacher/model --out $(RUNS)/emoji-cdm
 	$(BIN)/cdm-export $(RUNS)/emoji-cdm/student --out cdm_serve/bundles/emoji --name emoji
 
+TEACHER ?= training/assets/teacher
 RESULTS = benchmarks/results
 SAME = --count 400 --diversity-prompts 16 --threads 2
 figures: $(TEST)/.installed ## measure what the README quotes, on an otherwise idle machine (about 20 minutes)
-	$(BIN)/cdm-train evaluate $(RUNS)/teacher/model $(SAME) --steps 4,50 --guidance 4 --name teacher --out $(RESULTS)/quality-teacher.json
+	$(BIN)/cdm-train evaluate $(TEACHER) $(SAME) --steps 4,50 --guidance 4 --name teacher --out $(RESULTS)/quality-teacher.json
 	$(BIN)/cdm-train evaluate $(RUNS)/emoji-cdm/student $(SAME) --steps 1,2,3,4,6,8 --no-baselines --name student --record \
 		--out $(RESULTS)/quality-student.json
-	$(BIN)/cdm-train samples --teacher $(RUNS)/teacher/model --student $(RUNS)/emoji-cdm/student --out docs/samples.png \
+	$(BIN)/cdm-train samples --teacher $(TEACHER) --student $(RUNS)/emoji-cdm/student --out docs/samples.png \
 		--row docs/samples-row.png
-	$(BIN)/cdm-bench engine --bundle cdm_serve/bundles/emoji --student $(RUNS)/emoji-cdm/student --teacher $(RUNS)/teacher/model \
+	$(BIN)/cdm-bench engine --bundle cdm_serve/bundles/emoji --student $(RUNS)/emoji-cdm/student --teacher $(TEACHER) \
 		--threads 2 --rounds 24 | tee $(RESULTS)/engine.txt
 	$(BIN)/cdm-bench engine --bundle cdm_serve/bundles/emoji --student $(RUNS)/emoji-cdm/student --precision f32 --rounds 3 | \
 		tee $(RESULTS)/engine-f32.txt
@@ -103,10 +104,10 @@ figures-engines: $(TEST)/.installed ## measure what docs/engines.md quotes, on a
 	$(BIN)/python scripts/readme.py
 
 figures-training: $(TEST)/.installed ## the evidence of docs/training.md and docs/planning.md (many hours; resumes)
-	$(BIN)/cdm-bench ablation --teacher $(RUNS)/teacher/model --out $(RUNS)/ablation --steps 500 --seeds 0,1,2 | tee $(RESULTS)/ablation.txt
-	$(BIN)/cdm-bench finetune --teacher $(RUNS)/teacher/model --student $(RUNS)/emoji-cdm/student --out $(RUNS)/finetune \
+	$(BIN)/cdm-bench ablation --teacher $(TEACHER) --out $(RUNS)/ablation --steps 500 --seeds 0,1,2 | tee $(RESULTS)/ablation.txt
+	$(BIN)/cdm-bench finetune --teacher $(TEACHER) --student $(RUNS)/emoji-cdm/student --out $(RUNS)/finetune \
 		| tee $(RESULTS)/finetune.txt
-	$(BIN)/cdm-bench training --teacher $(RUNS)/teacher/model --n-max 28 --rounds 12 | tee $(RESULTS)/training.txt
+	$(BIN)/cdm-bench training --teacher $(TEACHER) --n-max 28 --rounds 12 | tee $(RESULTS)/training.txt
 	$(BIN)/cdm-bench plan | tee $(RESULTS)/plan.txt
 	$(BIN)/cdm-bench plan --blocks | tee $(RESULTS)/plan-blocks.txt
 	$(BIN)/python scripts/readme.py

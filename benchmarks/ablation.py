@@ -1,6 +1,6 @@
 """`cdm-bench ablation`: distil one teacher by every objective with equal budgets and several seeds, and compare.
 
-    cdm-bench ablation --teacher runs/teacher/model --steps 500 --seeds 0,1,2
+    cdm-bench ablation --teacher training/assets/teacher --steps 500 --seeds 0,1,2
 
 Each row is `cdm-train RECIPE --variant …` and `cdm-train evaluate`, run one after the other in processes of their own;
 what is finished is not run again, so that the same command goes on where it was stopped, and the table is made of what
@@ -60,7 +60,7 @@ METRICS = ("frechet", "alignment", "seen", "heldout", "diversity")
 class AblationSettings(CommandSettings, env_prefix="CDM_BENCH_ABLATION_"):
     """Distil by every objective with equal budgets, measure the students, print the table."""
 
-    teacher: Path = Field(Path("runs/teacher/model"), description="diffusers folder of the teacher")
+    teacher: Path = Field(Path("training/assets/teacher"), description="diffusers folder of the teacher")
     data: Path = Field(Path("data/emoji"), description="dataset folder")
     out: Path = Field(Path("runs/ablation"), description="folder of the runs")
     rows: list[str] = Field([], description=f"rows to run; empty: all of {', '.join(ROWS)}")
@@ -161,12 +161,13 @@ def _measured(row: str, settings: AblationSettings) -> list[dict[str, Any]]:
 
 
 def _summary(row: str, results: Sequence[dict[str, Any]], steps: str = "4") -> dict[str, Any]:
-    """Mean over seeds, ± half the range between the least and the greatest."""
+    """Mean over seeds; of several, ± half the range between the least and the greatest."""
     values = {name: [_metric(each[steps], name) for each in results if steps in each] for name in METRICS}
     line: dict[str, Any] = {"objective": row, "schedule": steps, "seeds": len(values["frechet"])}
     for name, each in values.items():
         digits = 2 if name == "frechet" else 3
-        line[name] = f"{statistics.mean(each):.{digits}f} ± {(max(each) - min(each)) / 2:.{digits}f}"
+        spread = f" ± {(max(each) - min(each)) / 2:.{digits}f}" if len(each) > 1 else ""
+        line[name] = f"{statistics.mean(each):.{digits}f}{spread}"
     return {**line, "values": values}
 
 

@@ -101,7 +101,7 @@ COMMANDS = {
         "benchmarks.training:run",
         "student steps per second of our iteration against the authors' schedule of passes",
         extra="bench",
-        epilog="cdm-bench training --teacher runs/teacher/model --n-max 28 --rounds 8",
+        epilog="cdm-bench training --teacher training/assets/teacher --n-max 28 --rounds 8",
     ),
     "ablation": Command(
         "benchmarks.ablation:AblationSettings",
@@ -115,7 +115,7 @@ COMMANDS = {
         "benchmarks.finetune:run",
         "a student learns a new domain: flow matching, CDM, CDM with a regulariser; blur and forgetting",
         extra="bench",
-        epilog="cdm-bench finetune --teacher runs/teacher/model --student runs/emoji-cdm/student",
+        epilog="cdm-bench finetune --teacher training/assets/teacher --student runs/emoji-cdm/student",
         user_errors=("training.errors:TrainingError",),
     ),
     "plan": Command(

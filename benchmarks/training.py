@@ -6,7 +6,7 @@ forward with gradient for each of CA, DM and CDM, and one call for each teacher 
 encoded once, rollouts that stop at their anchors, one forward for CA and DM, one batch for each network. Theirs is run
 with our CPU kernels (`training/cpu_kernels.py`), which tells what the passes cost, and with torch's own.
 
-    cdm-bench training --teacher runs/teacher/model --n-max 28 --batch 16 --rounds 8
+    cdm-bench training --teacher training/assets/teacher --n-max 28 --batch 16 --rounds 8
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PROMPTS = Path(__file__).parents[1] / "training" / "assets" / "sample_prompts.tx
 class TrainingBenchSettings(CommandSettings, env_prefix="CDM_BENCH_TRAINING_"):
     """Time pairs of iterations (one student step) in both ways, alternating."""
 
-    teacher: Path = Field(Path("runs/teacher/model"), description="diffusers folder of the teacher")
+    teacher: Path = Field(Path("training/assets/teacher"), description="diffusers folder of the teacher")
     prompts: Path | None = Field(None, description="prompt list; none: the one that ships")
     batch: int = Field(16, ge=1, description="prompts per step")
     n_max: int = Field(28, ge=1, description="longest schedule; 28 as published")

@@ -122,5 +122,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": rows_of("ablation.txt"),
     "ladder": rows_of("ablation.txt", key="ladder"),
     "training_speed": rows_of("training.txt"),
+    "finetune": rows_of("finetune.txt"),
 }
 """What a page of docs/ may ask for."""

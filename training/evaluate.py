@@ -1,6 +1,6 @@
 """`cdm-train evaluate`: alignment, Fréchet distance and diversity of any diffusers folder at any step count.
 
-    cdm-train evaluate runs/teacher/model --steps 50 --steps 4 --guidance 4
+    cdm-train evaluate training/assets/teacher --steps 50 --steps 4 --guidance 4
     cdm-train evaluate runs/student/model --steps 1,2,3,4,6,8 --out benchmarks/results/student.json
 
 Every row is measured on the same captions, with the same starting noise, against the same reference. The rows of real

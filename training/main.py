@@ -48,7 +48,7 @@ COMMANDS = {
         "training.recipes:train_emoji",
         "distil the teacher into a few-step student",
         extra="train",
-        epilog="cdm-train emoji-cdm --teacher runs/teacher/model\n"
+        epilog="cdm-train emoji-cdm --teacher training/assets/teacher\n"
         "cdm-train emoji-cdm --teacher T --variant dmd2 --out runs/dmd2",
         user_errors=USER_ERRORS,
     ),
@@ -118,7 +118,7 @@ COMMANDS = {
         "training.evaluate:evaluate",
         "measure any diffusers folder at any step count",
         extra="train",
-        epilog="cdm-train evaluate runs/teacher/model --steps 50 --steps 4 --guidance 4",
+        epilog="cdm-train evaluate training/assets/teacher --steps 50 --steps 4 --guidance 4",
         user_errors=USER_ERRORS,
     ),
     "plan": Command(
@@ -142,7 +142,7 @@ COMMANDS = {
         "training.samples:samples",
         "draw fixed prompts with teacher and student, side by side",
         extra="train",
-        epilog="cdm-train samples --teacher runs/teacher/model --out look.png",
+        epilog="cdm-train samples --teacher training/assets/teacher --out look.png",
         user_errors=USER_ERRORS,
     ),
 }

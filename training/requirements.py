@@ -162,7 +162,7 @@ def require_same_shapes(student: Path, teacher: Path) -> None:
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Of all tensors in a component's safetensors files, by name."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118

@@ -1,6 +1,6 @@
 """`cdm-train samples`: the picture that shows what distillation does: fixed prompts × teacher and student step counts.
 
-    cdm-train samples --teacher runs/teacher/model --student runs/student/model --out docs/samples.png
+    cdm-train samples --teacher training/assets/teacher --student runs/student/model --out docs/samples.png
 
 Every column starts from the same noise, so that a row differs by model and steps only. Prompts whose caption is in a
 held-out split of the dataset are marked; which ones is looked up, not written down.

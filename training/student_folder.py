@@ -138,8 +138,8 @@ def write_student(
         transformer: Any = family.transformer
         transformer.save_pretrained(partial / "transformer", safe_serialization=True)
         for file in _component_files(teacher):
-            if (name := file.relative_to(teacher)).parts[0] != "transformer":
-                link(file, partial / name)
+            if (inside := file.relative_to(teacher)).parts[0] != "transformer":
+                link(file, partial / inside)
     document = json.loads(json.dumps(asdict(provenance)))
     if (folder / PROVENANCE).is_file():
         before = read_recorded(folder)

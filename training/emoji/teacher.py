@@ -168,7 +168,8 @@ def _initial_family(initial: Path, settings: TeacherSettings) -> SD3Family:
         raise TrainingError(
             f"--init={settings.init} is a {family.pipeline_class}; give an emoji model's folder"
         )
-    config, vae = family.transformer.config, load_autoencoder(settings.vae, "--vae").config
+    config: Any = family.transformer.config
+    vae = load_autoencoder(settings.vae, "--vae").config
     for flag, asked, there in (
         ("--layers", settings.layers, config.num_layers),
         ("--heads", settings.heads, config.num_attention_heads),
