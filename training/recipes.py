@@ -49,12 +49,12 @@ def emoji_cdm() -> CDMConfig:
     Schedules are shorter (few-step students are run at 1–8 steps), and learning rates higher, as small models want.
     CA + DM aim at v_c + g·(v_c − v_∅), classifier-free guidance at scale g + 1: the 4 that the teacher is drawn with.
     """
-    return CDMConfig(n_max=8, steps=1000, batch=16, lr_student=1e-4, lr_fake=2e-4, guidance=3.0)
+    return CDMConfig(n_max=8, steps=500, batch=16, lr_student=1e-4, lr_fake=2e-4, guidance=3.0)
 
 
 def emoji_consistency() -> ConsistencyConfig:
     """Consistency distillation of the bundled model: its teacher's guidance, and the budget of `emoji_cdm`."""
-    return ConsistencyConfig(steps=1000, batch=16, lr_student=1e-4, guidance=4.0)
+    return ConsistencyConfig(steps=500, batch=16, lr_student=1e-4, guidance=4.0)
 
 
 def sd3_consistency() -> ConsistencyConfig:

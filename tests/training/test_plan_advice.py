@@ -234,7 +234,7 @@ def test_resolution_variant_and_ranks_are_planned_as_they_are_trained(tiny_model
     code, found = command([*base, "--student-rank", "4096", "--fake-rank", "4096"], capsys)
     assert (code, "is more than the layer" in found["error"]) == (2, True)
     code, found = command([*base, "--cooldown", "2000"], capsys)
-    assert (code, "cooldown=2000 is longer than steps=1000" in found["error"]) == (2, True)
+    assert (code, "cooldown=2000 is longer than steps=500" in found["error"]) == (2, True)
 
 
 def test_every_recipe_can_be_planned():
