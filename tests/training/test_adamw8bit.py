@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,14 @@ import torch
 from tests.training.tiny_distillation import tiny_config, tiny_distillation
 from training import checkpoint
 from training.errors import TrainingError
-from training.optim import adamw
 from training.parallel import Parallel
 from training.roles import Roles
 
 
 def test_without_its_package_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setattr("training.requirements.find_spec", lambda name: None)
     with pytest.raises(TrainingError, match="pip install bitsandbytes"):
-        adamw([torch.zeros(4)], tiny_config(optimizer="adamw8bit"), 1e-3)
+        Roles(torch.nn.Linear(2, 2), tiny_config(optimizer="adamw8bit"))
 
 
 def test_its_blocks_are_not_sharded():

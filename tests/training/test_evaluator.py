@@ -129,8 +129,8 @@ def test_resumed_training_equals_uninterrupted_training(tiny_data, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "contrastive_loss", counted)
-        # Save after every step, so that the two finished ones are kept.
-        patch.setattr("training.run.time.monotonic", iter(range(0, 100_000, 1000)).__next__)
+        # Save after every step, so that the two finished ones are kept: much longer after a save than it took.
+        patch.setattr("training.run.time.monotonic", (100.0**turn for turn in range(1, 100)).__next__)
         with pytest.raises(Killed):
             train(stopped)
     assert checkpoint.latest(stopped.out / "checkpoints").step == 2
