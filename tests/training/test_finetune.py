@@ -152,7 +152,9 @@ def test_its_grid_is_guided_and_its_report_has_the_models_record(tiny_model, tmp
     assert main([*given, *more]) == 0
     assert json.loads((out / "samples" / "prompts.json").read_text())["rows_are_steps"] == [28]
     provenance = json.loads((out / "model" / "provenance.json").read_text())
-    assert provenance["config_sha256"][:12] in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert provenance["config_sha256"][:12] in page
+    assert str(pictures) in page
 
 
 def test_other_pictures_are_another_run(tiny_model, tmp_path, capsys):

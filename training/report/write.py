@@ -152,6 +152,9 @@ def _summary(run: RunData) -> dict[str, Any]:
         "Teacher": run.provenance.get("teacher") or run.config.get("teacher", ""),
         "Teacher sha256": run.config.get("teacher_sha256", ""),
         "Prompts": run.config.get("prompts", ""),
+        "General prompts": run.config.get("general", ""),
+        "Pictures": run.config.get("pictures", ""),
+        "Student begun from": run.config.get("student", ""),
         "Began": moment(min([times.values[0], *(start["time"] for start in run.starts)]))
         if times.values
         else "",
