@@ -42,6 +42,7 @@ ROWS = {
     "decoupled DMD": "decoupled",
     "σ' below the anchor": "below-anchor",
     "authors' parity": "parity",
+    "shared rollout": "shared-rollout",
     "consistency": "consistency",
 }
 """What the table calls a row → `--variant`, or the consistency recipe."""

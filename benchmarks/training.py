@@ -35,6 +35,7 @@ from training.roles import Roles
 
 Way = tuple[Distillation, Callable[[], object], Callable[[], AbstractContextManager[None]]]
 
+SHARED = "ours, shared rollout"
 PASSES, TORCH = "authors' passes", "authors' passes, torch's kernels"
 GOAL = 1.7
 """What the authors' schedule must take at least, to ours."""
@@ -61,6 +62,7 @@ def run(settings: TrainingBenchSettings) -> int:
     theirs: dict[str, Any] = {"shared_forward": False, "truncated_rollout": False}
     ways: dict[str, Way] = {
         "ours": (*_work(settings, {}, settings.batch * 6), cpu_kernels),
+        SHARED: (*_work(settings, {"shared_rollout": True}, settings.batch * 6), cpu_kernels),
         PASSES: (*_work(settings, theirs, settings.batch, encode=True), cpu_kernels),
         TORCH: (*_work(settings, theirs, settings.batch, encode=True), nullcontext),
     }

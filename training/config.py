@@ -112,6 +112,11 @@ class CDMConfig(OptimConfig):
     truncated_rollout: bool = Field(
         True, description="stop each sample's rollout at its anchor; off runs all N steps, as the authors do"
     )
+    shared_rollout: bool = Field(
+        False,
+        description="one batch of prompts and rollouts for all iterations up to a student step, in which the student "
+        "stays the same; off draws them for every iteration, as the authors do",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

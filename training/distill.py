@@ -92,20 +92,34 @@ class Distillation:
         self.latent_shape = (family.latent_channels, *family.latent_size)
         fixed = torch.tensor(family.sigmas(config.fixed_steps)[:-1]) if config.schedule == "fixed" else None
         self.fixed_sigma_N = fixed
+        self._rolled_out: tuple[int, list[Part]] | None = None
 
     def iterate(self, step: int) -> Values:
         """One iteration: a fake-teacher step, and every `student_every`th time a student step. Everything to log."""
-        config = self.config
-        prompts = self.draw_prompts(step)
-        sigma_N = self.schedule(step)
-        parts = []
-        for rows in self.parallel.parts(config.batch, self.micro_batch):
-            cond = self.table.rows(prompts[list(rows)], self.device)
-            parts.append(Part(rows, cond, self.rollout(sigma_N, cond, self._draws(step, ROLLOUT, rows))))
+        parts = self.samples(step)
         values = self.fake_step(step, parts)
         if self.student_turn(step):
             values |= self.student_step(step, parts)
+            self._rolled_out = None
         return self.parallel.mean(values)
+
+    def samples(self, step: int) -> list[Part]:
+        """The student's rollouts that an iteration learns from.
+
+        With `shared_rollout` the iterations up to a student step learn from one: the student does not change between
+        them, so it is its own distribution still. A run resumed between them rolls out the same again.
+        """
+        drawn = step - step % self.config.student_every if self.config.shared_rollout else step
+        if self._rolled_out is not None and self._rolled_out[0] == drawn:
+            return self._rolled_out[1]
+        self._rolled_out = None
+        prompts, sigma_N, parts = self.draw_prompts(drawn), self.schedule(drawn), []
+        for rows in self.parallel.parts(self.config.batch, self.micro_batch):
+            cond = self.table.rows(prompts[list(rows)], self.device)
+            parts.append(Part(rows, cond, self.rollout(sigma_N, cond, self._draws(drawn, ROLLOUT, rows))))
+        if self.config.shared_rollout:
+            self._rolled_out = drawn, parts
+        return parts
 
     def draw_prompts(self, step: int) -> NDArray[np.int64]:
         """Indices of the whole batch's prompts."""

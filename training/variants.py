@@ -16,13 +16,13 @@ NO_CDM: Changes = {"weight_cdm": 0.0}
 
 Variant = Literal[
     "cdm", "parity", "dmd2", "decoupled", "dynamic", "no-dm", "no-ca", "ca-only", "dm-only", "cdm-only", "fixed",
-    "no-perturbation", "gaussian", "below-anchor",
+    "no-perturbation", "gaussian", "below-anchor", "shared-rollout",
 ]  # fmt: skip
 
 VARIANTS: Mapping[Variant, Callable[[CDMConfig], Changes]] = {
     # the method, and the authors' code
     "cdm": lambda config: {},
-    "parity": lambda config: {"shared_forward": False, "truncated_rollout": False},
+    "parity": lambda config: {"shared_forward": False, "truncated_rollout": False, "shared_rollout": False},
     # the steps from DMD2 to CDM
     "dmd2": lambda config: {**FIXED, **NO_CDM, "weight_ca": 0.0, "dm_guidance": config.guidance + 1},
     "decoupled": lambda config: {**FIXED, **NO_CDM},
@@ -38,6 +38,7 @@ VARIANTS: Mapping[Variant, Callable[[CDMConfig], Changes]] = {
     "gaussian": lambda config: {"off_trajectory": "gaussian"},
     # ours
     "below-anchor": lambda config: {"off_below_anchor": True},
+    "shared-rollout": lambda config: {"shared_rollout": True},
 }
 """`dynamic` is the paper's "w/o CDM", `decoupled` Decoupled DMD, `dmd2` DMD2 without its GAN: DM alone, towards the
 teacher at guidance scale g + 1, which is where CA + DM lead. `parity` also shifts anchors: `PARITY_SHIFT`."""
