@@ -87,7 +87,9 @@ class Passes:
     """Network passes of one iteration, in samples per sample of the batch."""
 
     rollout: float
-    """Passes without gradient from noise to the point that is trained: the student's (consistency: the teacher's)."""
+    """Passes without gradient from noise to the point that is trained: the student's (consistency: the teacher's).
+
+    Averaged over the iterations that share a rollout."""
     student: int
     """Student forwards with gradient in a student step, before its one backward."""
     teacher: int
@@ -117,7 +119,13 @@ class Passes:
         at_anchor = (bool(anchored) if config.shared_forward else len(anchored)) or old
         matched = terms - int(config.weight_ca > 0)
         forwards = at_anchor + bool(config.weight_cdm)
-        return cls(cut if config.truncated_rollout else full, forwards, terms + emptied, matched, old)
+        rollout = (cut if config.truncated_rollout else full) / iterations_of_a_rollout(config)
+        return cls(rollout, forwards, terms + emptied, matched, old)
+
+
+def iterations_of_a_rollout(config: OptimConfig) -> int:
+    """Iterations that learn from one rollout."""
+    return config.student_every if isinstance(config, CDMConfig) and config.shared_rollout else 1
 
 
 class Role:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from training.config import CDMConfig, ConsistencyConfig, KeepConfig, OptimConfig
 from training.plan_memory import Memory
-from training.plan_setup import FLOAT32, Role
+from training.plan_setup import FLOAT32, Role, iterations_of_a_rollout
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def iteration(memory: Memory) -> list[Work]:
     if passes.rollout:
         walker = memory.plain if fake is None else traces
         # Every step of a rollout is a pass of its own: all samples are through after the last one's.
-        walked = parts * longest(memory)
+        walked = parts * longest(memory) / iterations_of_a_rollout(config)
         flops = share * passes.rollout * walker.no_gradient.forward_flops
         work.append(Work("rollout", flops, sent=_gathers(memory, walked)))
     asked = (passes.teacher + passes.old) * memory.plain.no_gradient.forward_flops
@@ -114,7 +114,7 @@ def student_turns(config: OptimConfig) -> float:
 
 
 def longest(memory: Memory) -> float:
-    """Passes of the rollout of a micro-batch: up to its last anchor, the mean over N of E[max k] + 1.
+    """Passes of one rollout of a micro-batch: up to its last anchor, the mean over N of E[max k] + 1.
 
     With FSDP all N: processes that share weights run as many.
     """

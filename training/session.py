@@ -231,7 +231,8 @@ def _preflight(settings: TrainSettings, config: OptimConfig, prompts: Prompts, p
     require_optimizer(config)
     if parallel.fsdp:
         require_shardable(config)
-    require_tracker(settings.tracker)
+    if parallel.main:  # which alone has one
+        require_tracker(settings.tracker)
     if isinstance(config, FinetuneConfig):  # a hundred pictures may share one caption
         if settings.score_every:
             raise TrainingError(

@@ -37,13 +37,32 @@ EXTRAS = {"tensorboard": "train", "wandb": "wandb"}
 
 
 def require_tracker(kind: Kind) -> None:
-    """The tracker's package is installed; whether W&B lets one in is known when it starts.
+    """The tracker's package is installed, and W&B, unless it is offline, lets one in.
 
     Raises:
-        TrainingError: it is not.
+        TrainingError: it is not, or it does not.
     """
     if kind != "none" and find_spec(kind) is None:
         raise TrainingError(_missing(kind, kind))
+    if kind != "wandb":
+        return
+    import wandb
+
+    if wandb.setup().settings.mode != "online":
+        return
+    try:
+        known = wandb.login(prompt=False)
+    except wandb.errors.Error as error:
+        raise _no_wandb(error) from error
+    if not known:
+        raise _no_wandb("there is no API key")
+
+
+def _no_wandb(why: object) -> TrainingError:
+    return TrainingError(
+        f"--tracker=wandb: W&B does not start ({why}); run `wandb login`, or set WANDB_MODE=offline and "
+        "upload later with `wandb sync`, or use another --tracker"
+    )
 
 
 def _missing(kind: Kind, package: str) -> str:
@@ -106,10 +125,7 @@ class Trackers:
         try:
             tracker.start()
         except wandb.errors.Error as error:
-            raise TrainingError(
-                f"--tracker=wandb: W&B does not start ({error}); run `wandb login`, or set WANDB_MODE=offline and "
-                "upload later with `wandb sync`, or use another --tracker"
-            ) from error
+            raise _no_wandb(error) from error
         if not tracker.run.offline:
             progress.server_has(tracker.run.starting_step)
         return cls(tracker, "wandb", progress)

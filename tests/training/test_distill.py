@@ -140,13 +140,18 @@ def interrupted(work: Distillation, folder: Path, die_in: int | None = None) -> 
     distill(work, run)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_model, tmp_path, dtype):
-    whole = tiny_distillation(tiny_model, dtype=dtype)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"dtype": "bfloat16"}, {"shared_rollout": True}],
+    ids=["float32", "bfloat16", "shared rollout"],
+)
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_model, tmp_path, changes):
+    """Killed in the second iteration of a student step, before the student's."""
+    whole = tiny_distillation(tiny_model, **changes)
     interrupted(whole, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        interrupted(tiny_distillation(tiny_model, dtype=dtype), tmp_path / "killed", die_in=3)
-    resumed = tiny_distillation(tiny_model, dtype=dtype)
+        interrupted(tiny_distillation(tiny_model, **changes), tmp_path / "killed", die_in=3)
+    resumed = tiny_distillation(tiny_model, **changes)
     interrupted(resumed, tmp_path / "killed")
     lines = log_lines(tmp_path / "killed")
     assert [line["step"] for line in lines] == list(range(6))

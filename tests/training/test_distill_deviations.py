@@ -54,6 +54,37 @@ def test_a_truncated_rollout_gives_the_anchors_of_the_full_one(tiny_model):
     assert a.passes < b.passes
 
 
+def test_a_shared_rollout_is_the_students_own_in_every_iteration_that_learns_from_it(tiny_model):
+    work = tiny_distillation(tiny_model, shared_rollout=True, student_every=3, steps=9)
+    passes, seen = count_student_passes(work), []
+    for step in range(6):
+        before = len(passes)
+        (part,) = work.samples(step)
+        seen.append((part, len(passes) - before))
+        alone = tiny_part(work, step - step % 3, tuple(work.draw_prompts(step - step % 3)))
+        torch.testing.assert_close(part.anchor.x0_BCHW, alone.anchor.x0_BCHW, rtol=0, atol=0)
+        work.iterate(step)
+    assert [bool(spent) for _, spent in seen] == [True, False, False] * 2
+    assert seen[0][0] is seen[2][0]
+    assert not torch.equal(seen[2][0].anchor.x0_BCHW, seen[3][0].anchor.x0_BCHW)
+
+
+def test_the_fake_teacher_sees_a_shared_rollout_at_other_times(tiny_model):
+    work = tiny_distillation(tiny_model, shared_rollout=True)
+    times: list[torch.Tensor] = []
+    velocity = work.velocity
+
+    def noted(network, x, sigma, cond):
+        if network is work.roles.fake and torch.is_grad_enabled():
+            times.append(sigma)
+        return velocity(network, x, sigma, cond)
+
+    work.velocity = noted
+    work.iterate(0), work.iterate(1)
+    assert len(times) == 2
+    assert not torch.equal(*times)
+
+
 def test_batched_teacher_passes_equal_separate_ones(tiny_model):
     work, chunked = tiny_distillation(tiny_model), tiny_distillation(tiny_model, pass_batch=3)
     cond, draw = work.table.rows(np.array([0, 1, 2, 0])), student_draws(work)

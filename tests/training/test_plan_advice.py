@@ -35,6 +35,7 @@ def cache() -> dict:
 def test_passes_are_those_of_the_loop():
     assert Passes.of(CDMConfig()) == Passes(7.75, 2, 4, 2)
     assert Passes.of(CDMConfig(truncated_rollout=False, shared_forward=False)) == Passes(14.5, 3, 4, 2)
+    assert Passes.of(CDMConfig(shared_rollout=True, student_every=5)) == Passes(1.55, 2, 4, 2)
     assert Passes.of(CDMConfig(schedule="fixed", weight_cdm=0)) == Passes(2.5, 1, 3, 1)
     assert Passes.of(CDMConfig(weight_ca=0, weight_cdm=0, dm_guidance=8)) == Passes(7.75, 1, 2, 1)
 
@@ -69,6 +70,17 @@ def test_the_average_rollout_is_as_long_as_drawn(tiny_model):
         calls += int(k.max()) + 1
     assert passes / 1500 == pytest.approx(memory.passes.rollout, rel=0.03)
     assert calls / 1500 == pytest.approx(longest(memory), rel=0.03)
+
+
+def test_a_shared_rollout_is_paid_once(tiny_model, cache):
+    own, shared = (
+        iteration(Memory(tiny_setup(tiny_model, gpus=2, parallel="fsdp", student_every=4, **changes), cache))
+        for changes in ({"shared_rollout": False}, {"shared_rollout": True})
+    )
+    assert [part.name for part in own] == [part.name for part in shared]
+    assert shared[0].flops == pytest.approx(own[0].flops / 4)
+    assert shared[0].sent == pytest.approx(own[0].sent / 4)
+    assert own[1:] == shared[1:]
 
 
 def test_checkpointing_costs_a_forward_of_the_blocks(tiny_model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -97,6 +98,26 @@ def test_a_damaged_wandb_state_says_what_to_do(tmp_path):
     (tmp_path / "wandb.json").write_text('{"id": "a"}')
     with pytest.raises(TrainingError, match=r"wandb\.json .* delete it to begin a new W&B run"):
         Trackers.start("wandb", tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [({}, "there is no API key"), ({"WANDB_API_KEY": "short"}, "API key"), ({"WANDB_MODE": "offline"}, None)],
+)
+def test_who_is_not_let_into_wandb_is_told_before_anything_is_loaded(tmp_path, environment, said):
+    pytest.importorskip("wandb")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "-c", "from training.trackers import require_tracker; require_tracker('wandb')"],
+        env={**clean, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), **environment},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode == 0) == (said is None), done.stderr
+    if said:
+        last = done.stderr.strip().splitlines()[-1]
+        assert "TrainingError: --tracker=wandb: W&B does not start" in last
+        assert said in last
+        assert "wandb login" in last
 
 
 # A process of its own each: W&B leaves a service behind in the one that starts it. Nothing closes the first.
