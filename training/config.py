@@ -154,7 +154,9 @@ class ConsistencyConfig(OptimConfig):
     )
     tangent_scale: float = Field(0.1, gt=0, description="c of the tangent's normalisation g/(‖g‖+c)")
     tangent_step: float = Field(
-        0.0, ge=0, description="σ step of a finite-difference derivative; 0: exact, by forward-mode autodiff"
+        0.0,
+        ge=0,
+        description="the derivative is a difference over σ ± this; 0: exact, by forward-mode autodiff",
     )
 
 

@@ -134,7 +134,7 @@ def require_shardable(config: OptimConfig) -> None:
     if isinstance(config, ConsistencyConfig) and config.tangent_step == 0:
         raise TrainingError(
             "tangent_step=0 takes forward-mode derivatives, which FSDP's sharded weights do not have; give "
-            "--parallel ddp, or --tangent-step above 0 with --dtype float32"
+            "--parallel ddp, or --tangent-step 0.02"
         )
 
 
