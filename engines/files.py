@@ -31,7 +31,7 @@ def replace_folder(partial: Path, target: Path) -> None:
     never half of either. Both must lie on one file system.
     """
     for path in (*partial.rglob("*"), partial):
-        _to_disk(path)
+        to_disk(path)
     old = target.with_name(f".{target.name}.old")
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -43,7 +43,7 @@ def replace_folder(partial: Path, target: Path) -> None:
             raise
     else:
         partial.rename(target)
-    _to_disk(target.parent)
+    to_disk(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -62,7 +62,7 @@ def write_atomically(path: Path, *parts: bytes) -> None:
         with partial.open("wb") as file:
             for part in parts:
                 file.write(part)
-        _to_disk(partial)
+        to_disk(partial)
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):  # what went wrong first is what is told
@@ -114,7 +114,7 @@ def sha256_files(root: Path, paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Have the bytes (of a folder: its names) on disk before a rename makes them count."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

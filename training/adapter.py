@@ -1,4 +1,4 @@
-"""The student's LoRA as a file that diffusers, `cdm-export --lora` and another run of the same base take.
+"""The student's LoRA as a file that diffusers, `cdm-export --lora` and `--teacher-lora` take.
 
     save_adapter(out / "adapter", factors, AdapterRecord(base_sha256, "sd3_cdm", 4001, 64, 128.0, targets))
     StableDiffusion3Pipeline.from_pretrained(BASE).load_lora_weights("OUT/adapter")
@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.errors import ExportError
-from engines.export.adapter import Adapter, find_adapter, read_adapter
+from engines.export.adapter import find_adapter
 from training.errors import Diverged, TrainingError
-from training.lora import Adapters, Size
+from training.lora import Size
 
 PREFIX = "transformer."
 RECORD = "cdm"
@@ -101,42 +101,6 @@ def save_adapter(folder: Path, factors: Mapping[str, Tensor], record: AdapterRec
     return file
 
 
-@torch.no_grad()
-def load_adapter(path: Path, adapters: Adapters, adapter: str, base_sha256: str) -> None:
-    """Put a file's factors into `adapter`, which computes from then on what the file's does.
-
-    Raises:
-        TrainingError: there is none, it cannot be read, or it is of another base, other layers or another rank.
-    """
-    require_base(path, base_sha256)
-    try:
-        read = read_adapter(path)
-    except ExportError as error:
-        raise TrainingError(str(error)) from error
-    if set(read.tensors) != {PREFIX.rstrip(".")}:
-        named = ", ".join(read.tensors)
-        raise TrainingError(
-            f"{read.path} is an adapter of {named}; training goes on with one of a transformer alone"
-        )
-    found, wanted = read.tensors["transformer"], adapters.parameters(adapter)
-    size = adapters.sizes[adapter]
-    if found.keys() != wanted.keys():
-        odd = sorted(found.keys() ^ wanted.keys())
-        raise TrainingError(
-            f"{read.path} adapts {len(found) // 2} layers and this run {len(wanted) // 2}; {odd[0]} is in one of them "
-            "only; use the base and the --lora-targets that it was trained with"
-        )
-    for name, factor in wanted.items():
-        if found[name].shape != factor.shape:
-            raise TrainingError(
-                f"{read.path}: {name} is {list(found[name].shape)}, this run's {list(factor.shape)}; use the base that "
-                f"it was trained on and its rank (--{adapter}-rank is {size.rank})"
-            )
-    ratio = _scale(read, size.rank) / size.scale
-    for name, factor in wanted.items():
-        factor.copy_(found[name].float() * (ratio if ".lora_B." in name else 1.0))
-
-
 def require_base(path: Path, base_sha256: str) -> None:
     """Refuse an adapter whose record names another base than that of `TeacherHashes.transformer`.
 
@@ -149,19 +113,3 @@ def require_base(path: Path, base_sha256: str) -> None:
             f"{path} is a LoRA of another base (transformer sha256 {record.base_sha256[:12]}, this one is "
             f"{base_sha256[:12]}); give the folder that it was trained on ({record.recipe})"
         )
-
-
-def _scale(read: Adapter, rank: int) -> float:
-    """alpha/rank of all layers."""
-    settings = read.settings["transformer"]
-    if settings is None and read.folder is not None:
-        text = (read.folder / "adapter_config.json").read_text(encoding="utf-8")
-        settings = json.loads(text)
-    settings = settings or {}
-    odd = [name for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if settings.get(name)]
-    if odd:
-        raise TrainingError(
-            f"{read.path} sets {odd[0]}; training goes on with one rank and one alpha: merge it (cdm-export --lora, or "
-            "diffusers' fuse_lora) and distil the result"
-        )
-    return float(settings.get("lora_alpha", rank)) / rank

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from engines.files import to_disk
 from training.errors import Diverged, TrainingError, disk_is_full
 from training.parallel import local, whole
 
@@ -197,13 +197,10 @@ def _finish(unfinished: Path, target: Path, step: int, meta: Mapping[str, Any], 
     text = json.dumps({"step": step, "files": sizes, **rated, **meta}, indent=2)
     (unfinished / "meta.json").write_text(text + "\n", encoding="utf-8")
     for path in (*unfinished.iterdir(), unfinished):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        to_disk(path)
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)
+    to_disk(target.parent)  # before older ones are deleted
 
 
 def _rotate(folder: Path, keep: int, protect: int | None) -> None:

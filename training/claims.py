@@ -12,11 +12,14 @@ claims: work is done twice, and stays right.
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from training.errors import TrainingError
 
 fcntl: Any
 try:
@@ -27,6 +30,8 @@ except ImportError:  # not POSIX
 LOCK = ".claiming"
 CLAIM = ".claim"
 KEY_BYTES = 32
+RUNNING = ".running"
+"""File in a run's folder, locked by the process that trains there."""
 
 
 @contextmanager
@@ -72,6 +77,33 @@ def claimed(folder: Path, keys: Sequence[bytes]) -> Iterator[None]:
             with suppress(OSError):
                 path.unlink()
             os.close(descriptor)
+
+
+def claim_folder(folder: Path) -> int | None:
+    """Keep other processes out of `folder` as long as this one lives; the lock's descriptor, which stays open.
+
+    A process may claim a folder again. None where there are no locks.
+
+    Raises:
+        TrainingError: another process has it.
+    """
+    if fcntl is None:
+        return None
+    path = folder / RUNNING
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        whose = os.read(descriptor, 100).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise TrainingError(
+            f"{folder} is being written by another process ({whose}); wait for it or stop it, or use another --out"
+        ) from error
+    except OSError:  # a file system without locks
+        return descriptor
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+    return descriptor
 
 
 def _lock(path: Path, flags: int) -> int | None:

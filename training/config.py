@@ -10,6 +10,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+LEAST_HALF_STEP = 0.005
+"""σ step whose difference of bfloat16 velocities is not mostly rounding: 2⁻⁹ of a velocity over twice the step."""
+
 
 class OptimConfig(BaseModel):
     """What every distillation has: length, rates, average, precision, LoRA."""
@@ -156,8 +159,18 @@ class ConsistencyConfig(OptimConfig):
     tangent_step: float = Field(
         0.0,
         ge=0,
+        le=0.1,
         description="the derivative is a difference over σ ± this; 0: exact, by forward-mode autodiff",
     )
+
+    @model_validator(mode="after")
+    def _derivative_above_rounding(self) -> Self:
+        if self.dtype == "bfloat16" and 0 < self.tangent_step < LEAST_HALF_STEP:
+            raise ValueError(
+                f"tangent_step={self.tangent_step:g} with dtype=bfloat16 divides rounding by next to nothing; give at "
+                f"least {LEAST_HALF_STEP}, 0 (exact), or dtype=float32"
+            )
+        return self
 
 
 class KeepConfig(CDMConfig):

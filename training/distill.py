@@ -201,6 +201,7 @@ class Distillation:
         fake = dict(zip([term.name for term in matched], asked_fake, strict=True))
 
         floor, loss, values = config.weight_floor, torch.zeros((), device=self.device), losses.Info()
+        matching: Tensor | None = None
         for term in terms:
             teacher = cond[term.name]
             if term.name == "ca":
@@ -208,14 +209,16 @@ class Distillation:
             else:
                 if config.dm_guidance != 1:
                     teacher = losses.guided_x0(teacher, empty[term.name], config.dm_guidance)
+                if term.name == "dm":
+                    matching = teacher - fake["dm"]
                 of_term = losses.dm_loss if term.name == "dm" else losses.cdm_loss
                 value, info = of_term(term.x0_RCHW, teacher, fake[term.name], floor)
             loss = loss + term.weight * value
             values |= {term.name if key == "loss" else f"{term.name}_{key}": v for key, v in info.items()}
         extra, info = self.extra_loss(part, terms)
         loss, values = loss + extra, values | info
-        if "ca" in cond and "dm" in cond:
-            values["cos_ca_dm"] = losses.mean_cosine(cond["ca"] - empty["ca"], cond["dm"] - fake["dm"])
+        if "ca" in cond and matching is not None:
+            values["cos_ca_dm"] = losses.mean_cosine(cond["ca"] - empty["ca"], matching)
         x0_RN = terms[0].x0_RCHW.detach().flatten(1)
         values |= {"student": loss.detach(), "x0_mean": x0_RN.mean(), "x0_std": x0_RN.std(1).mean()}
         # The teacher's own prediction there: what a sane spread is, whatever the run was from its first step on.

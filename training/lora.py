@@ -98,10 +98,6 @@ class Adapters:
             if ".lora_" not in name
         }
 
-    def merged(self, adapter: str) -> dict[str, Tensor]:
-        """float32 parameters of the plain transformer with `adapter` folded in."""
-        return fold(self.base(), self.parameters(adapter), self.sizes[adapter].scale)
-
 
 def require_rank(transformer: nn.Module, targets: str, adapter: str, rank: int) -> None:
     """The layers that `targets` names have that rank.
@@ -129,7 +125,8 @@ def add_adapters(
     """Freeze `transformer` and add adapters with factors of `dtype` to its linear layers whose full name is `targets`.
 
     No adapter changes anything at first: A is uniform as in `torch.nn.Linear`, B is 0. A depends on seed and rank
-    alone, so that adapters of one rank begin with equal ones: averages of factors then are averages of what they add.
+    alone, so that adapters of one rank begin with equal ones: while they are, averages of factors are averages of what
+    they add; later a merge (1−m)·θ into φ is off by m·(1−m)·(B_φ−B_θ)(A_φ−A_θ).
 
     Args:
         targets: a regular expression, from `Family.lora_targets`.

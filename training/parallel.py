@@ -36,10 +36,15 @@ class Parallel:
         """Join the processes that `accelerate launch` or `torchrun` started; alone, if none did.
 
         Raises:
-            TrainingError: a device that is not there.
+            TrainingError: a device that is not there, or one GPU for several processes.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
             return cls(_device(device))
+        if device not in ("auto", "cpu", "cuda"):
+            raise TrainingError(
+                f"--device={device} names one device, and {processes} processes take one each; leave it out, or choose "
+                "GPUs with CUDA_VISIBLE_DEVICES"
+            )
         from accelerate import PartialState
 
         state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
@@ -83,7 +88,9 @@ class Parallel:
             for module in net.modules():
                 if type(module).__name__ in units:
                     fully_shard(module, mesh=mesh, mp_policy=policy)
-            fully_shard(net, mesh=mesh, mp_policy=policy)
+            # By default the outermost unit stays gathered after a forward, and would not see what is put into its
+            # shards until a backward: the averaged weights of a sample grid, and then the student's own again.
+            fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         return net
 
     def average_(self, gradients: Sequence[Tensor]) -> None:

@@ -65,7 +65,8 @@ class Prompts:
 
 
 def read_prompts(paths: Path | Sequence[Path]) -> Prompts:
-    """Prompts of files, or of all lists in folders (in the order of their names); weights of equal texts add up.
+    """Prompts of files, or of all lists that lie in folders (in the order of their names; folders within are not
+    looked into); weights of equal texts add up.
 
     `.txt`: one a line. `.jsonl`: objects with `prompt` or `caption`, and maybe `weight`. `.parquet`: such columns.
     Empty lines are skipped, and spaces around a text are no part of it.
@@ -79,25 +80,30 @@ def read_prompts(paths: Path | Sequence[Path]) -> Prompts:
 
 
 def _files(path: Path) -> list[Path]:
-    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+    found = sorted(file for file in path.iterdir() if _suffix(file) in SUFFIXES) if path.is_dir() else [path]
     if not found:
         raise TrainingError(f"{path} has no prompt lists in it; a list ends in {_or(SUFFIXES)}")
     return found
 
 
 def _read(path: Path) -> Iterator[tuple[str, float]]:
-    if path.suffix not in SUFFIXES:
+    suffix = _suffix(path)
+    if suffix not in SUFFIXES:
         raise TrainingError(f"{path} is no prompt list; a list ends in {_or(SUFFIXES)}")
     try:
-        if path.suffix == ".parquet":
+        if suffix == ".parquet":
             yield from _parquet_prompts(path)
             return
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:  # with or without the mark that Windows puts first
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield (line.strip(), 1.0) if path.suffix == ".txt" else _json_prompt(path, number, line)
+                    yield (line.strip(), 1.0) if suffix == ".txt" else _json_prompt(path, number, line)
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"{path} cannot be read: {error}") from error
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def _json_prompt(path: Path, number: int, line: str) -> tuple[str, float]:
@@ -142,6 +148,13 @@ def _pair(place: str, text: Any, weight: Any) -> tuple[str, float]:
         raise TrainingError(f"{place}: the prompt is {type(text).__name__}, expected text")
     if not text.strip():
         raise TrainingError(f"{place}: the prompt is empty; leave it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TrainingError(
+            f"{place}: {text!r} is no text ({error.reason} at character {error.start}: half of a pair, as cut captions "
+            "have); mend it or leave it out"
+        ) from error
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise TrainingError(f"{place}: weight {weight!r} of {text!r} is no number")
     if reason := _bad_weight(weight, text):

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from engines.files import write_text_atomically
 from training import checkpoint
+from training.claims import claim_folder
 from training.errors import Collapsed, Diverged, TrainingError
 from training.progress import Bar
 
@@ -80,7 +81,7 @@ class Run:
         A hash (`…_sha256`) that `config.json` lacks was not recorded then, and binds from now on.
 
         Raises:
-            TrainingError: the folder holds a checkpoint made with other settings.
+            TrainingError: the folder holds a checkpoint made with other settings, or another process is at it.
         """
         self.folder = folder
         self.total = total
@@ -92,6 +93,8 @@ class Run:
         self.protected: int | None = None
         """Step of a checkpoint that is kept whatever comes after it: the last one before the watchdog warned."""
         folder.mkdir(parents=True, exist_ok=True)
+        # Held as long as this process lives.
+        self._claim = claim_folder(folder) if main else None
         path = folder / CONFIG
         bound = {key: value for key, value in config.items() if key not in free}
         self.started = checkpoint.latest(folder / "checkpoints") is not None

@@ -144,7 +144,7 @@ def run_session(
         rank=parallel.rank, world=parallel.world, barrier=parallel.barrier,
     )  # fmt: skip
     require_embeddings(family, table)
-    drop_text_encoders(family)
+    family.drop_text_encoders()
     computing = Computing(
         family.fsdp_units, family.lora_targets, settings.gradient_checkpointing, settings.compile
     )
@@ -313,12 +313,6 @@ def draw_grid(path: Path, work: Method, prompts: Prompts, table: EmbeddingTable)
     text = json.dumps(listing, indent=2, ensure_ascii=False)
     path.with_name("prompts.json").write_text(text + "\n", encoding="utf-8")
     return np.asarray(sheet)
-
-
-def drop_text_encoders(family: Family) -> None:
-    """Free the text encoders' memory: every prompt is embedded. The family can encode no more."""
-    for module in family.text_modules().values():
-        module.to("meta")
 
 
 def _same_teacher(settings: TrainSettings, hashes: TeacherHashes) -> None:

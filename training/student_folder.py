@@ -16,7 +16,7 @@ from torch import Tensor
 from engines.bundle import PROVENANCE
 from engines.families.base import load_family
 from engines.files import link, replace_folder, sha256_file, sha256_files, write_text_atomically
-from training.errors import TrainingError, told_if_full
+from training.errors import Diverged, TrainingError, told_if_full
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,11 @@ def write_student(
 
     Raises:
         TrainingError: the disk is full; what was there is untouched.
+        Diverged: a weight is NaN or infinite; what was there is untouched.
     """
+    for name, value in weights.items():
+        if not bool(torch.isfinite(value).all()):
+            raise Diverged(f"{name} is not finite; no student is written; export an earlier checkpoint")
     family = load_family(teacher, torch.float32, only=("transformer",))
     parameters = dict(family.transformer.named_parameters())
     assert parameters.keys() == weights.keys(), parameters.keys() ^ weights.keys()

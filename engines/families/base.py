@@ -134,6 +134,11 @@ class Family(ABC):
     def text_modules(self) -> dict[str, nn.Module]:
         """Text encoders by diffusers component name."""
 
+    def drop_text_encoders(self) -> None:
+        """Free the text encoders' memory. The family can encode no more."""
+        for module in self.text_modules().values():
+            module.to("meta")
+
     @abstractmethod
     def tokenizer_specs(self) -> list[dict[str, Any]]:
         """For the bundle, one per tokenizer: the fields of `engines.bundle.Tokenizer`, "json" (text) for its file."""

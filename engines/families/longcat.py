@@ -170,6 +170,11 @@ class LongCatFamily(Family):
         """`text_encoder`: its language part, if it is loaded."""
         return {} if self.language is None else {"text_encoder": self.language}
 
+    def drop_text_encoders(self) -> None:
+        """The vision tower and the head, too, which are never asked."""
+        if self.pipeline.text_encoder is not None:
+            self.pipeline.text_encoder.to("meta")
+
     def tokenizer_specs(self) -> list[dict[str, Any]]:
         """Qwen's; the JSON neither cuts nor pads by itself."""
         document = json.loads(self.pipeline.tokenizer.backend_tokenizer.to_str())

@@ -179,7 +179,7 @@ def test_full_disk_leaves_nothing_behind(
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("engines.files._to_disk", full)  # when all but the last bytes are written
+    monkeypatch.setattr("engines.files.to_disk", full)  # when all but the last bytes are written
     cache.store("denoiser", b"new")
     cache.store("decoder", b"new")
     assert caplog.text.count("No space left on device") == 1

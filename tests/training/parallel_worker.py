@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -38,6 +39,9 @@ class Case:
     resume: str = ""
     """Whence to go on, up to `steps` in all."""
     changes: dict[str, Any] = field(default_factory=dict)
+    checkpointing: bool = False
+    ask: tuple[int, ...] = ()
+    """Iterations after which the averaged student is asked, as sample grids and scores do."""
 
     @classmethod
     def read(cls, text: str) -> Case:
@@ -62,7 +66,8 @@ def work_on(folder: Path, case: Case) -> Method:
         config = tiny_config(**case.changes)
     prompts = Prompts.of([(text, 1.0) for text in TEXTS], "test")
     table = embed_in_memory(family, prompts.texts, getattr(torch, config.dtype))
-    roles = Roles(family.transformer, config, parallel, Computing(family.fsdp_units, family.lora_targets))
+    computing = Computing(family.fsdp_units, family.lora_targets, case.checkpointing)
+    roles = Roles(family.transformer, config, parallel, computing)
     made = Consistency if case.method == "consistency" else Distillation
     return made(family, config, roles, prompts, table, 128, case.micro_batch)
 
@@ -75,7 +80,12 @@ def run(folder: Path, case: Case) -> None:
         assert saved is not None
         roles.restore(saved)
         first, same = saved.step, holds(roles, saved)
-    values = [work.iterate(step) for step in range(first, case.steps)]
+    values, answers = [], []
+    for step in range(first, case.steps):
+        values.append(work.iterate(step))
+        if step in case.ask:
+            assert isinstance(work, Distillation)
+            answers.append(averaged_answer(work))
     if case.save:
         checkpoint.save(
             Path(case.save), case.steps, roles.tensors(), roles.counters(), main=roles.parallel.main
@@ -86,9 +96,19 @@ def run(folder: Path, case: Case) -> None:
         out = Path(case.out)
         out.mkdir(parents=True)
         save_file(weights, out / "weights.safetensors")
-        told = {"world": work.roles.parallel.world, "values": values, "same": same}
+        told = {"world": work.roles.parallel.world, "values": values, "same": same, "answers": answers}
         (out / "values.json").write_text(json.dumps(told))
     work.roles.parallel.barrier()
+
+
+@torch.no_grad()
+def averaged_answer(work: Distillation) -> float:
+    """Mean square of the averaged student's velocity at one point."""
+    x_RCHW = torch.ones(1, *work.latent_shape)
+    cond = work.table.rows(np.array([0]), work.device)
+    with work.roles.averaged() as student:
+        v_RCHW = work.velocity(student, x_RCHW, torch.full((1,), 0.7), cond)
+    return float(v_RCHW.float().square().mean())
 
 
 def holds(roles: Roles, saved: checkpoint.Checkpoint) -> bool:

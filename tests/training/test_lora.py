@@ -13,7 +13,7 @@ from engines.families.base import Family
 from tests.folders import FOLDERS
 from tests.training.family_cases import CASES, SIZES, adapted, load, velocity
 from training.errors import TrainingError
-from training.lora import Adapters, Size, add_adapters
+from training.lora import Adapters, Size, add_adapters, fold
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -133,7 +133,7 @@ def test_every_layers_factors_are_computed_with(family):
 def test_merged_weights_are_the_adapted_network(folder, family):
     plain = load(folder)
     adapters = adapted(family)
-    merged = adapters.merged("student")
+    merged = fold(adapters.base(), adapters.parameters("student"), adapters.sizes["student"].scale)
     assert merged.keys() == dict(plain.transformer.named_parameters()).keys()
     assert all(weight.dtype == torch.float32 for weight in merged.values())
     plain.transformer.load_state_dict(merged, strict=False)
