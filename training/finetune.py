@@ -24,17 +24,11 @@ from training.means import Means, Values
 from training.pictures import Pictures
 from training.prompts import Prompts
 from training.roles import Roles
-from training.rollout import shifted
+from training.rollout import family_shift, shifted
 from training.run import numpy_generator
 
 PICTURES, LEARN = 10, 11
 """Streams of randomness, apart from those of `training.distill`."""
-
-
-def family_shift(family: Family) -> float:
-    """s of the scheduler's shift s·σ/(1 + (s−1)·σ) at the family's size: read off where it sends σ = ½."""
-    middle = family.sigmas(2)[1]
-    return middle / (1 - middle)
 
 
 class Finetune:

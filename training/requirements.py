@@ -27,6 +27,7 @@ from training.config import ConsistencyConfig, OptimConfig
 from training.embeddings import EmbeddingTable
 from training.errors import TrainingError
 from training.report.words import size
+from training.rollout import family_shift
 
 
 def require_prompts(texts: Sequence[str], batch: int) -> None:
@@ -121,6 +122,20 @@ def require_optimizer(config: OptimConfig) -> None:
         raise TrainingError(
             "--optimizer=adamw8bit needs bitsandbytes, which is not installed; `pip install bitsandbytes`, or leave "
             "--optimizer at adamw"
+        )
+
+
+def require_parity_shift(family: Family, shift: float) -> None:
+    """`--variant parity` shifts anchors as this teacher's scheduler does at the size that is trained.
+
+    Raises:
+        TrainingError: it does not.
+    """
+    own = family_shift(family)
+    if abs(own - shift) > 1e-3 * own:
+        raise TrainingError(
+            f"--variant=parity passes anchors through the scheduler's shift, {shift:g} for this recipe's teacher at "
+            f"its full size; this one's is {own:.5g}; give --anchor-shift {own:.5g}"
         )
 
 

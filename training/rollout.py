@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engines.families.base import Family
 from training.losses import euler_step, predict_x0
 
 
@@ -37,6 +38,12 @@ class Rollout:
 def shifted(sigma: Tensor, shift: float) -> Tensor:
     """The flow-matching shift s·σ / (1 + (s−1)·σ); 1 leaves σ alone."""
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def family_shift(family: Family) -> float:
+    """s of the scheduler's shift s·σ/(1 + (s−1)·σ) at the family's size: read off where it sends σ = ½."""
+    middle = family.sigmas(2)[1]
+    return middle / (1 - middle)
 
 
 def draw_schedule(

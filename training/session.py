@@ -42,6 +42,7 @@ from training.requirements import (
     require_family,
     require_model,
     require_optimizer,
+    require_parity_shift,
     require_prompts,
     require_resolution,
     require_shardable,
@@ -135,6 +136,9 @@ def run_session(
     absent = parallel.agree(bool(cache.missing(prompts.texts, parallel.rank, parallel.world)))
     family = _load(kept, None if absent else ("transformer", "vae"))
     set_resolution(family, config.resolution)
+    if getattr(settings, "variant", "") == "parity" and "anchor_shift" not in settings.model_fields_set:
+        assert isinstance(config, CDMConfig)
+        require_parity_shift(family, config.anchor_shift)
     require_model(family)
     drawn = settings.sample_every or settings.score_every or isinstance(config, FinetuneConfig)
     for module in (*family.text_modules().values(), *((family.vae,) if drawn else ())):

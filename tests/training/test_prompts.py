@@ -50,11 +50,20 @@ def test_json_lines_take_prompt_or_caption_and_a_weight(tmp_path):
         ("p.jsonl", '{"prompt": "a", "weight": NaN}\n', "p.jsonl:1: weight nan of 'a'"),
         ("p.jsonl", '{"prompt": "a", "weight": "1"}\n', "p.jsonl:1: weight '1' of 'a' is no number"),
         ("p.jsonl", '{"prompt": "a", "weight": 0}\n', "every weight is 0"),
+        ("p.jsonl", '{"prompt": "a \\ud83d"}\n', r"p.jsonl:1: 'a \\ud83d' is no text \(.* half of a pair"),
     ],
 )
 def test_a_bad_list_is_refused_by_place_and_reason(tmp_path, name, text, message):
     with pytest.raises(TrainingError, match=message):
         read_prompts(written(tmp_path, name, text))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("p.txt", "a\nb\n"), ("P.JSONL", '{"prompt": "a"}\n{"prompt": "b"}\n')]
+)
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    assert read_prompts(tmp_path / name).texts == read_prompts(tmp_path).texts == ("a", "b")
 
 
 def test_a_missing_list_is_named(tmp_path):

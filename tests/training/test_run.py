@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +134,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_path, b
     with pytest.raises(Diverged, match=r"loss=.* at step 2"):
         train()
     assert checkpoint.latest(tmp_path / "checkpoints").step == 2
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    go(tmp_path)
+    before = (tmp_path / "log.jsonl").read_bytes()
+    other = "import sys; from pathlib import Path; from training.run import Run; Run(Path(sys.argv[1]), {'lr': 1}, 9)"
+    command = [sys.executable, "-c", other, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert f"is being written by another process (process {os.getpid()} on " in done.stderr
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    assert go(tmp_path, 7) > 0  # to whom it belongs
+
+    held = f"{other}; print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", held, str(tmp_path / "killed")]
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(TrainingError, match=f"another process .process {process.pid} "):
+            Run(tmp_path / "killed", {"lr": 1}, 9)
+        process.kill()
+        process.wait()
+        Run(tmp_path / "killed", {"lr": 1}, 9)  # a killed process holds nothing
 
 
 def test_random_numbers_depend_on_seed_step_and_stream_only():
