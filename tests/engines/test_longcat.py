@@ -131,6 +131,15 @@ def _rotary(family: LongCatFamily) -> Any:
 # latents
 
 
+def test_dropped_text_encoders_leave_nothing_in_memory(folder: Path) -> None:
+    """Nor do the parts of Qwen that never encode: its vision tower and its head."""
+    family = LongCatFamily.load(folder)
+    assert any("visual" in name for name, _ in family.pipeline.text_encoder.named_parameters())
+    family.drop_text_encoders()
+    assert all(value.device.type == "meta" for value in family.pipeline.text_encoder.parameters())
+    assert all(value.device.type == "cpu" for value in family.transformer.parameters())
+
+
 def test_packing_is_the_pipelines_and_undone() -> None:
     x = torch.randn(2, 16, 10, 6)
     assert torch.equal(pack(x), LongCatImagePipeline._pack_latents(x, 2, 16, 10, 6))

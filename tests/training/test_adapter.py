@@ -147,6 +147,16 @@ def test_adapter_of_another_base_is_refused(tiny: Path, tmp_path: Path) -> None:
     require_base(tmp_path / "lora", base)
 
 
+def test_a_student_that_diverged_is_not_written(tiny: Path, tmp_path: Path) -> None:
+    weights = {name: value.detach().clone() for name, value in load(tiny).transformer.named_parameters()}
+    write_student(tiny, tmp_path / "student", weights, PROVENANCE)
+    before = TeacherHashes.of(tmp_path / "student")
+    next(iter(weights.values())).view(-1)[0] = float("inf")
+    with pytest.raises(Diverged, match="is not finite; no student is written"):
+        write_student(tiny, tmp_path / "student", weights, PROVENANCE)
+    assert TeacherHashes.of(tmp_path / "student") == before
+
+
 def test_a_record_that_is_not_understood_is_told(tiny: Path, tmp_path: Path) -> None:
     trained(tiny, tmp_path / "lora")
     save_file(load_file(tmp_path / "lora" / FILE), tmp_path / "lora" / FILE, {"cdm": '{"unheard": 1}'})

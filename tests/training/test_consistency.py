@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from engines.families.base import load_family
 from tests.tiny_longcat import build_tiny_longcat
@@ -223,6 +224,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_model, tmp_p
     for name, group in whole.roles.tensors().items():
         for key, value in resumed.roles.tensors()[name].items():
             assert torch.equal(value, group[key]), f"{name}/{key}"
+
+
+def test_a_step_that_rounding_swallows_is_refused():
+    with pytest.raises(ValidationError, match=r"tangent_step=0.0001 with dtype=bfloat16 .* at least 0.005"):
+        ConsistencyConfig(tangent_step=1e-4)
+    with pytest.raises(ValidationError, match="tangent_step"):
+        ConsistencyConfig(tangent_step=0.5)
+    assert ConsistencyConfig(tangent_step=1e-4, dtype="float32").tangent_step == 1e-4
 
 
 def test_sharded_weights_have_no_exact_derivative():

@@ -205,6 +205,18 @@ def test_guidance_is_the_strength_of_the_ca_term(tiny_model):
     assert values[7.0] == pytest.approx(2 * values[3.5], rel=1e-5)
 
 
+def test_the_cosine_of_ca_and_dm_is_of_what_they_add(tiny_model):
+    """With a guided teacher DM's part has the guidance's direction, which is CA's."""
+    cosines = []
+    for scale in (1.0, 1000.0):
+        work = tiny_distillation(tiny_model, dm_guidance=scale)
+        part = tiny_part(work)
+        part.anchor.x_BCHW.copy_(part.anchor.x_BCHW[:1].expand_as(part.anchor.x_BCHW))
+        cosines.append(float(work.student_loss(part, student_draws(work))[1]["cos_ca_dm"]))
+    assert abs(cosines[0]) < 0.1  # the fake teacher still is the teacher: DM adds rounding
+    assert abs(cosines[1]) > 0.3
+
+
 def test_config_refuses_what_cannot_be(tiny_model):
     for changes, message in (
         ({"anchor_low": 0.9, "anchor_high": 0.3}, "anchor_low=0.9 is above anchor_high=0.3"),

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.tiny_distillation import student_draws, tiny_distillation, tiny_part
+from engines.families.base import load_family
+from tests.training.tiny_distillation import student_draws, tiny_config, tiny_distillation, tiny_part
 from training import losses
 from training.config import CDMConfig
 from training.cpu_kernels import cpu_kernels
 from training.distill import Distillation, Query
 from training.recipes import emoji_cdm, sd3_cdm
+from training.roles import Computing, Roles
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -181,6 +183,29 @@ def test_ca_and_dm_aim_at_guidance_one_above_g():
     # Where the fake teacher has learnt a student that draws the unconditional prediction, CA + DM lead to CFG at g + 1.
     target = uncond + losses.ca_delta(cond, uncond, g) + losses.dm_delta(cond, uncond)
     torch.testing.assert_close(target, uncond + (g + 1) * (cond - uncond))
+
+
+@torch.no_grad()
+def test_with_lora_the_merge_is_of_factors(tiny_model):
+    lora = {"student_rank": 4, "fake_rank": 4, "student_alpha": 4.0, "fake_alpha": 4.0}
+    family, m = load_family(tiny_model), 0.1
+    computing = Computing(family.fsdp_units, family.lora_targets)
+    roles = Roles(family.transformer, tiny_config(fake_merge=1 - m, **lora), computing=computing)
+    for role, seed in ((roles.student, 1), (roles.fake, 2)):
+        generator = torch.Generator().manual_seed(seed)
+        for value in role.masters.values():
+            value.copy_(torch.randn(value.shape, generator=generator))
+    name = next(name for name in roles.fake.masters if ".lora_A." in name)
+
+    def factors(role):
+        return role.masters[name].clone(), role.masters[name.replace("lora_A", "lora_B")].clone()
+
+    (a_student, b_student), (a_fake, b_fake) = factors(roles.student), factors(roles.fake)
+    roles.merge_fake()
+    a, b = factors(roles.fake)
+    wanted = (1 - m) * b_fake @ a_fake + m * b_student @ a_student
+    off = m * (1 - m) * (b_fake - b_student) @ (a_fake - a_student)
+    torch.testing.assert_close(wanted - b @ a, off, rtol=1e-4, atol=1e-5)
 
 
 def test_every_row_of_the_table_names_a_test_that_exists():
