@@ -14,7 +14,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +47,7 @@ ROWS = {
 }
 """What the table calls a row → `--variant`, or the consistency recipe."""
 
+FULL = "full CDM"
 LADDER = (1, 2, 3, 4, 6, 8)
 OFF_GRID = {
     "unshifted": (1.0, 0.75, 0.5, 0.25),
@@ -71,6 +72,10 @@ class AblationSettings(CommandSettings, env_prefix="CDM_BENCH_ABLATION_"):
         ["full CDM", "DMD2"], description="rows measured at 1, 2, 3, 4, 6, 8 steps and off-grid schedules"
     )
     count: int = Field(400, ge=4, description="prompts measured")
+    choices: int = Field(
+        EvaluateSettings.model_fields["choices"].default, ge=2, description="captions to choose among"
+    )
+    evaluator: Path = Field(ASSETS, description="folder of the evaluator")
     threads: int = Field(1, ge=1, description="CPU threads")
     train: bool = Field(True, description="run what is not there yet; off: the table of what is")
 
@@ -88,10 +93,12 @@ def run(settings: AblationSettings) -> int:
                 print(f"{row}, seed {seed}", file=sys.stderr, flush=True)
                 _distil(row, seed, folder, settings)
     found = {row: _measured(row, settings) for row in rows}
-    lines = [_summary(row, results) for row, results in found.items() if results]
-    if renoised := [each for each in found.get("consistency", []) if "4, re-noised" in each]:
-        lines.append(_summary("consistency", renoised, "4, re-noised"))
-    ladder = [line for row in settings.ladder for line in _ladder(row, found.get(row, []))]
+    full = found.get(FULL, {})
+    lines = [_summary(row, results, full=full) for row, results in found.items() if results]
+    renoised = {seed: each for seed, each in found.get("consistency", {}).items() if "4, re-noised" in each}
+    if renoised:
+        lines.append(_summary("consistency", renoised, "4, re-noised", full))
+    ladder = [line for row in settings.ladder for line in _ladder(row, found.get(row, {}))]
     print(table([_shown(line) for line in ladder]) + "\n")
     show(
         "ablation", [_shown(line) for line in lines], ladder=[_shown(line) for line in ladder],
@@ -121,11 +128,13 @@ def _measure(row: str, folder: Path, settings: AblationSettings) -> None:
     evaluate = EvaluateSettings(
         folder=folder / "student",
         data=settings.data,
+        evaluator=settings.evaluator,
         count=settings.count,
+        choices=settings.choices,
         name=row,
         threads=settings.threads,
     )
-    scorer = _scorer(settings.data, settings.count)
+    scorer = _scorer(settings.data, settings.evaluator, settings.count, settings.choices)
     family = load_model(evaluate.folder, evaluate.dtype)
     ladder = row in settings.ladder
     schedules = {str(steps): family.sigmas(steps) for steps in (LADDER if ladder else (4,))}
@@ -141,9 +150,8 @@ def _measure(row: str, folder: Path, settings: AblationSettings) -> None:
 
 
 @cache
-def _scorer(data: Path, count: int) -> Scorer:
-    chosen = choose(EmojiDataset.load(data), count, EvaluateSettings.model_fields["choices"].default, seed=0)
-    return Scorer(Evaluator.load(ASSETS), chosen)
+def _scorer(data: Path, evaluator: Path, count: int, choices: int) -> Scorer:
+    return Scorer(Evaluator.load(evaluator), choose(EmojiDataset.load(data), count, choices, seed=0))
 
 
 def _cdm_train(arguments: Sequence[object]) -> None:
@@ -155,21 +163,42 @@ def _cdm_train(arguments: Sequence[object]) -> None:
         )
 
 
-def _measured(row: str, settings: AblationSettings) -> list[dict[str, Any]]:
-    """What was measured of a row, a dictionary per seed: rows of `cdm-train evaluate` by schedule."""
-    paths = [settings.out / f"{ROWS[row]}-{seed}" / "quality.json" for seed in settings.seeds]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+Measured = Mapping[int, Mapping[str, Any]]
+"""Seed → schedule → row of `cdm-train evaluate`."""
 
 
-def _summary(row: str, results: Sequence[dict[str, Any]], steps: str = "4") -> dict[str, Any]:
-    """Mean over seeds; of several, ± half the range between the least and the greatest."""
-    values = {name: [_metric(each[steps], name) for each in results if steps in each] for name in METRICS}
-    line: dict[str, Any] = {"objective": row, "schedule": steps, "seeds": len(values["frechet"])}
+def _measured(row: str, settings: AblationSettings) -> Measured:
+    paths = {seed: settings.out / f"{ROWS[row]}-{seed}" / "quality.json" for seed in settings.seeds}
+    return {
+        seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if path.is_file()
+    }
+
+
+def _summary(row: str, results: Measured, steps: str = "4", full: Measured | None = None) -> dict[str, Any]:
+    """Mean over seeds; of several, ± half the range between the least and the greatest.
+
+    Beside `full`: how much farther each seed's pictures are than full CDM's of that seed (as many steps), which drew
+    the same prompts and noise.
+    """
+    measured = {seed: each for seed, each in results.items() if steps in each}
+    values = {name: [_metric(each[steps], name) for each in measured.values()] for name in METRICS}
+    line: dict[str, Any] = {"objective": row, "schedule": steps, "seeds": len(measured)}
     for name, each in values.items():
-        digits = 2 if name == "frechet" else 3
-        spread = f" ± {(max(each) - min(each)) / 2:.{digits}f}" if len(each) > 1 else ""
-        line[name] = f"{statistics.mean(each):.{digits}f}{spread}"
+        line[name] = _spread(each, 2 if name == "frechet" else 3)
+    if full is not None:
+        farther = [
+            _metric(each[steps], "frechet") - _metric(full[seed]["4"], "frechet")
+            for seed, each in measured.items()
+            if seed in full and row != FULL
+        ]
+        line["frechet, to full CDM's"] = _spread(farther, 2, "+") if farther else ""
+        values["frechet, to full CDM's"] = farther
     return {**line, "values": values}
+
+
+def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
+    spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
 
 
 def _shown(line: dict[str, Any]) -> dict[str, Any]:
@@ -185,6 +214,8 @@ def _metric(row: dict[str, Any], name: str) -> float:
     return float(scores["overall"][name])
 
 
-def _ladder(row: str, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    names = [name for name in (*map(str, LADDER), *OFF_GRID) if any(name in each for each in results)]
+def _ladder(row: str, results: Measured) -> list[dict[str, Any]]:
+    names = [
+        name for name in (*map(str, LADDER), *OFF_GRID) if any(name in each for each in results.values())
+    ]
     return [_summary(row, results, name) for name in names]

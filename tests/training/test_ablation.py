@@ -1,0 +1,63 @@
+"""`cdm-bench ablation`: short runs of its whole path, and what its table compares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.main import main
+
+
+def bench(capsys, *arguments: object) -> dict:
+    assert main(["ablation", *map(str, arguments)]) == 0
+    return json.loads(capsys.readouterr().out.rstrip().splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_rows_are_distilled_measured_and_not_run_again(
+    tiny_model, tiny_data, tiny_evaluator, tmp_path, capsys
+):
+    arguments = [
+        "--teacher", tiny_model, "--data", tiny_data, "--evaluator", tiny_evaluator, "--choices", 10, "--count", 8,
+        "--steps", 2, "--out", tmp_path, "--rows", '["full CDM", "DMD2"]', "--ladder", '["DMD2"]',
+    ]  # fmt: skip
+    found = bench(capsys, *arguments, "--seeds", 0)
+    assert [row["objective"] for row in found["rows"]] == ["full CDM", "DMD2"]
+    assert [row["schedule"] for row in found["ladder"]] == [*"123468", "unshifted", "shift 3", "late"]
+    for row, variant in zip(found["rows"], ("cdm", "dmd2"), strict=True):
+        folder = tmp_path / f"{variant}-0"
+        assert float(row["frechet"]) > 0
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["variant"], config["steps"], config["seed"]) == (variant, 2, 0)
+        assert (folder / "student").is_dir()
+        assert not (folder / "checkpoints").exists()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    again = bench(capsys, *arguments, "--seeds", "0,1", "--no-train")  # seed 1 is not there
+    assert again["rows"] == found["rows"]
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def measured(folder: Path, frechet: float, alignment: float = 0.5) -> None:
+    group = {"frechet": frechet, "alignment": alignment}
+    row = {"diversity": 0.2, "scores": dict.fromkeys(("overall", "seen", "heldout"), group)}
+    folder.mkdir()
+    (folder / "quality.json").write_text(json.dumps({"4": row}))
+
+
+def test_seeds_are_averaged_and_compared_with_full_cdms_of_the_same_seed(tmp_path, capsys):
+    for seed, (full, other) in enumerate([(10, 12), (20, 23), (40, None)]):
+        measured(tmp_path / f"cdm-{seed}", full)
+        if other:
+            measured(tmp_path / f"dynamic-{seed}", other, 0.25 * (seed + 1))
+    found = bench(capsys, "--out", tmp_path, "--no-train", "--seeds", "0,1,2", "--ladder", "[]")
+    full, other = found["rows"]
+    assert (full["seeds"], full["frechet"], full["frechet, to full CDM's"]) == (3, "23.33 ± 15.00", "")
+    assert (other["seeds"], other["frechet"], other["alignment"]) == (2, "17.50 ± 5.50", "0.375 ± 0.125")
+    assert other["frechet, to full CDM's"] == "+2.50 ± 0.50"
+
+
+def test_a_row_that_is_not_there_is_told(capsys):
+    assert main(["ablation", "--rows", '["full"]']) == 2
+    assert "there is no row 'full'; rows: full CDM," in capsys.readouterr().err
