@@ -75,7 +75,7 @@ class AblationSettings(CommandSettings, env_prefix="CDM_BENCH_ABLATION_"):
     choices: int = Field(
         EvaluateSettings.model_fields["choices"].default, ge=2, description="captions to choose among"
     )
-    evaluator: Path = Field(ASSETS, description="folder of the evaluator")
+    evaluator: Path | None = Field(None, description="evaluator folder; none: the one that ships")
     threads: int = Field(1, ge=1, description="CPU threads")
     train: bool = Field(True, description="run what is not there yet; off: the table of what is")
 
@@ -150,8 +150,10 @@ def _measure(row: str, folder: Path, settings: AblationSettings) -> None:
 
 
 @cache
-def _scorer(data: Path, evaluator: Path, count: int, choices: int) -> Scorer:
-    return Scorer(Evaluator.load(evaluator), choose(EmojiDataset.load(data), count, choices, seed=0))
+def _scorer(data: Path, evaluator: Path | None, count: int, choices: int) -> Scorer:
+    return Scorer(
+        Evaluator.load(evaluator or ASSETS), choose(EmojiDataset.load(data), count, choices, seed=0)
+    )
 
 
 def _cdm_train(arguments: Sequence[object]) -> None:
