@@ -14,7 +14,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +48,8 @@ ROWS = {
 """What the table calls a row → `--variant`, or the consistency recipe."""
 
 FULL = "full CDM"
+RENOISED = "4, re-noised"
+"""Four steps of consistency's own sampler."""
 LADDER = (1, 2, 3, 4, 6, 8)
 OFF_GRID = {
     "unshifted": (1.0, 0.75, 0.5, 0.25),
@@ -69,7 +71,8 @@ class AblationSettings(CommandSettings, env_prefix="CDM_BENCH_ABLATION_"):
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="seeds of each row")
     steps: int = Field(500, ge=2, description="iterations of each run: the budget")
     ladder: list[str] = Field(
-        ["full CDM", "DMD2"], description="rows measured at 1, 2, 3, 4, 6, 8 steps and off-grid schedules"
+        ["full CDM", "fixed schedule", "DMD2"],
+        description="rows measured at 1, 2, 3, 4, 6, 8 steps and off-grid schedules",
     )
     count: int = Field(400, ge=4, description="prompts measured")
     choices: int = Field(
@@ -88,16 +91,15 @@ def run(settings: AblationSettings) -> int:
     # Seeds outermost: a table of one seed is there before the second begins.
     for seed in settings.seeds:
         for row in rows:
-            folder = settings.out / f"{ROWS[row]}-{seed}"
-            if settings.train and not (folder / "quality.json").is_file():
+            if settings.train and (missing := _schedules(row, settings) - _read(row, seed, settings).keys()):
                 print(f"{row}, seed {seed}", file=sys.stderr, flush=True)
-                _distil(row, seed, folder, settings)
+                _run(row, seed, missing, settings)
     found = {row: _measured(row, settings) for row in rows}
     full = found.get(FULL, {})
     lines = [_summary(row, results, full=full) for row, results in found.items() if results]
-    renoised = {seed: each for seed, each in found.get("consistency", {}).items() if "4, re-noised" in each}
+    renoised = {seed: each for seed, each in found.get("consistency", {}).items() if RENOISED in each}
     if renoised:
-        lines.append(_summary("consistency", renoised, "4, re-noised", full))
+        lines.append(_summary("consistency", renoised, RENOISED, full))
     ladder = [line for row in settings.ladder for line in _ladder(row, found.get(row, {}))]
     print(table([_shown(line) for line in ladder]) + "\n")
     show(
@@ -108,25 +110,34 @@ def run(settings: AblationSettings) -> int:
     return 0
 
 
-def _distil(row: str, seed: int, folder: Path, settings: AblationSettings) -> None:
-    variant = ROWS[row]
-    recipe = ["emoji-consistency"] if variant == "consistency" else ["emoji-cdm", "--variant", variant]
-    threads = ["--threads", str(settings.threads)]
-    train = [
-        *recipe, "--teacher", settings.teacher, "--prompts", settings.data, "--out", folder, "--steps", settings.steps,
-        "--seed", seed, "--sample-every", 0, *threads,
-    ]  # fmt: skip
-    _cdm_train(train)
-    _measure(row, folder, settings)
+def _schedules(row: str, settings: AblationSettings) -> set[str]:
+    """Names of the schedules that a row is measured on."""
+    names = {*map(str, LADDER), *OFF_GRID} if row in settings.ladder else {"4"}
+    return names | ({RENOISED} if ROWS[row] == "consistency" else set())
+
+
+def _run(row: str, seed: int, missing: Set[str], settings: AblationSettings) -> None:
+    """Distil a row's student where it is not there yet, measure what is missing of it."""
+    folder, variant = _folder(row, seed, settings), ROWS[row]
+    before = _read(row, seed, settings)
+    if not before:
+        recipe = ["emoji-consistency"] if variant == "consistency" else ["emoji-cdm", "--variant", variant]
+        train = [
+            *recipe, "--teacher", settings.teacher, "--prompts", settings.data, "--out", folder,
+            "--steps", settings.steps, "--seed", seed, "--sample-every", 0, "--threads", settings.threads,
+        ]  # fmt: skip
+        _cdm_train(train)
+    measured = before | _measure(row, folder / "student", missing, settings)
+    write_text_atomically(folder / "quality.json", json.dumps(measured, indent=2, ensure_ascii=False) + "\n")
     for finished in ("checkpoints", "teacher"):
-        shutil.rmtree(folder / finished)
+        shutil.rmtree(folder / finished, ignore_errors=True)
 
 
-def _measure(row: str, folder: Path, settings: AblationSettings) -> None:
-    """Score the student on every schedule of its row, into `quality.json`."""
+def _measure(row: str, student: Path, names: Set[str], settings: AblationSettings) -> dict[str, Any]:
+    """The student's scores by schedule."""
     torch.set_num_threads(settings.threads)
     evaluate = EvaluateSettings(
-        folder=folder / "student",
+        folder=student,
         data=settings.data,
         evaluator=settings.evaluator,
         count=settings.count,
@@ -136,17 +147,18 @@ def _measure(row: str, folder: Path, settings: AblationSettings) -> None:
     )
     scorer = _scorer(settings.data, settings.evaluator, settings.count, settings.choices)
     family = load_model(evaluate.folder, evaluate.dtype)
-    ladder = row in settings.ladder
-    schedules = {str(steps): family.sigmas(steps) for steps in (LADDER if ladder else (4,))}
-    schedules |= {name: (*sigmas, 0.0) for name, sigmas in (OFF_GRID if ladder else {}).items()}
+    measured: dict[str, Any] = {}
     with progress() as bar:
-        measured = {
-            name: measure(scorer, family, sigmas, evaluate, bar) for name, sigmas in schedules.items()
-        }
-        if ROWS[row] == "consistency":  # whose own sampler it is
-            again = evaluate.model_copy(update={"sampler": "renoise"})
-            measured["4, re-noised"] = measure(scorer, family, family.sigmas(4), again, bar)
-    write_text_atomically(folder / "quality.json", json.dumps(measured, indent=2, ensure_ascii=False) + "\n")
+        for name in (*map(str, LADDER), *OFF_GRID, RENOISED):
+            if name in names:
+                sigmas = (
+                    (*OFF_GRID[name], 0.0) if name in OFF_GRID else family.sigmas(int(name.split(",")[0]))
+                )
+                sampler = "renoise" if name == RENOISED else evaluate.sampler
+                measured[name] = measure(
+                    scorer, family, sigmas, evaluate.model_copy(update={"sampler": sampler}), bar
+                )
+    return measured
 
 
 @cache
@@ -170,10 +182,17 @@ Measured = Mapping[int, Mapping[str, Any]]
 
 
 def _measured(row: str, settings: AblationSettings) -> Measured:
-    paths = {seed: settings.out / f"{ROWS[row]}-{seed}" / "quality.json" for seed in settings.seeds}
-    return {
-        seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if path.is_file()
-    }
+    found = {seed: _read(row, seed, settings) for seed in settings.seeds}
+    return {seed: each for seed, each in found.items() if each}
+
+
+def _folder(row: str, seed: int, settings: AblationSettings) -> Path:
+    return settings.out / f"{ROWS[row]}-{seed}"
+
+
+def _read(row: str, seed: int, settings: AblationSettings) -> dict[str, Any]:
+    path = _folder(row, seed, settings) / "quality.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _summary(row: str, results: Measured, steps: str = "4", full: Measured | None = None) -> dict[str, Any]:

@@ -21,9 +21,9 @@ def test_rows_are_distilled_measured_and_not_run_again(
 ):
     arguments = [
         "--teacher", tiny_model, "--data", tiny_data, "--evaluator", tiny_evaluator, "--choices", 10, "--count", 8,
-        "--steps", 2, "--out", tmp_path, "--rows", '["full CDM", "DMD2"]', "--ladder", '["DMD2"]',
+        "--steps", 2, "--out", tmp_path, "--rows", '["full CDM", "DMD2"]',
     ]  # fmt: skip
-    found = bench(capsys, *arguments, "--seeds", 0)
+    found = bench(capsys, *arguments, "--seeds", 0, "--ladder", '["DMD2"]')
     assert [row["objective"] for row in found["rows"]] == ["full CDM", "DMD2"]
     assert [row["schedule"] for row in found["ladder"]] == [*"123468", "unshifted", "shift 3", "late"]
     for row, variant in zip(found["rows"], ("cdm", "dmd2"), strict=True):
@@ -33,10 +33,20 @@ def test_rows_are_distilled_measured_and_not_run_again(
         assert (config["variant"], config["steps"], config["seed"]) == (variant, 2, 0)
         assert (folder / "student").is_dir()
         assert not (folder / "checkpoints").exists()
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    again = bench(capsys, *arguments, "--seeds", "0,1", "--no-train")  # seed 1 is not there
+
+    def students() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student/**/*") if path.is_file()}
+
+    before = students()
+    again = bench(
+        capsys, *arguments, "--seeds", 0, "--ladder", '["full CDM"]'
+    )  # measures what is missing, only
     assert again["rows"] == found["rows"]
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert {row["objective"] for row in again["ladder"]} == {"full CDM"}
+    assert before == students()
+    table = bench(capsys, *arguments, "--seeds", "0,1", "--no-train", "--ladder", '["full CDM", "DMD2"]')
+    assert table["ladder"] == again["ladder"] + found["ladder"]  # seed 1 is not there
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def measured(folder: Path, frechet: float, alignment: float = 0.5) -> None:
