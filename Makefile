@@ -104,7 +104,8 @@ figures-engines: $(TEST)/.installed ## measure what docs/engines.md quotes, on a
 	$(BIN)/python scripts/readme.py
 
 figures-training: $(TEST)/.installed ## the evidence of docs/training.md and docs/planning.md (many hours; resumes)
-	$(BIN)/cdm-bench ablation --teacher $(TEACHER) --out $(RUNS)/ablation --steps 500 --seeds 0,1,2 | tee $(RESULTS)/ablation.txt
+	$(BIN)/cdm-bench ablation --teacher $(TEACHER) --out $(RUNS)/ablation --steps 500 --seeds 0,1,2 --plot docs/ablation.png \
+		| tee $(RESULTS)/ablation.txt
 	$(BIN)/cdm-bench finetune --teacher $(TEACHER) --student $(RUNS)/emoji-cdm/student --out $(RUNS)/finetune \
 		| tee $(RESULTS)/finetune.txt
 	$(BIN)/cdm-bench training --teacher $(TEACHER) --n-max 28 --rounds 12 | tee $(RESULTS)/training.txt

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from benchmarks.ablation_plots import plot, scores
 from benchmarks.report import show, table
 from engines.cli import CommandSettings, UsageError
 from engines.files import write_text_atomically
@@ -29,6 +30,7 @@ from training.emoji.dataset import EmojiDataset
 from training.evalset import Scorer, choose
 from training.evaluate import EvaluateSettings, load_model, measure, progress
 from training.evaluator import ASSETS, Evaluator
+from training.report.read import read_log
 
 ROWS = {
     "full CDM": "cdm",
@@ -50,6 +52,7 @@ ROWS = {
 FULL = "full CDM"
 RENOISED = "4, re-noised"
 """Four steps of consistency's own sampler."""
+PLOTTED = ("full CDM", "w/o CDM", "w/o DM", "w/o CA", "fixed schedule", "DMD2")
 LADDER = (1, 2, 3, 4, 6, 8)
 OFF_GRID = {
     "unshifted": (1.0, 0.75, 0.5, 0.25),
@@ -80,6 +83,7 @@ class AblationSettings(CommandSettings, env_prefix="CDM_BENCH_ABLATION_"):
     )
     evaluator: Path | None = Field(None, description="evaluator folder; none: the one that ships")
     threads: int = Field(1, ge=1, description="CPU threads")
+    plot: Path | None = Field(None, description="PNG of scores over steps and training curves; none: none")
     train: bool = Field(True, description="run what is not there yet; off: the table of what is")
 
 
@@ -101,6 +105,13 @@ def run(settings: AblationSettings) -> int:
     if renoised:
         lines.append(_summary("consistency", renoised, RENOISED, full))
     ladder = [line for row in settings.ladder for line in _ladder(row, found.get(row, {}))]
+    if settings.plot:
+        logs = {
+            row: [read_log(_folder(row, seed, settings) / "log.jsonl") for seed in seeds]
+            for row, seeds in found.items()
+            if row in PLOTTED and seeds
+        }
+        plot(scores(ladder), logs, settings.plot)
     print(table([_shown(line) for line in ladder]) + "\n")
     show(
         "ablation", [_shown(line) for line in lines], ladder=[_shown(line) for line in ladder],

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from benchmarks.ablation_plots import draw
 from benchmarks.main import main
+from training.report.read import Curve, Log
 
 
 def bench(capsys, *arguments: object) -> dict:
@@ -44,7 +47,11 @@ def test_rows_are_distilled_measured_and_not_run_again(
     assert again["rows"] == found["rows"]
     assert {row["objective"] for row in again["ladder"]} == {"full CDM"}
     assert before == students()
-    table = bench(capsys, *arguments, "--seeds", "0,1", "--no-train", "--ladder", '["full CDM", "DMD2"]')
+    picture = tmp_path.parent / "ablation.png"
+    both = ["--ladder", '["full CDM", "DMD2"]', "--plot", picture]
+    table = bench(capsys, *arguments, "--seeds", "0,1", "--no-train", *both)
+    with Image.open(picture) as image:
+        assert image.size == (1215, 684)
     assert table["ladder"] == again["ladder"] + found["ladder"]  # seed 1 is not there
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -71,3 +78,19 @@ def test_seeds_are_averaged_and_compared_with_full_cdms_of_the_same_seed(tmp_pat
 def test_a_row_that_is_not_there_is_told(capsys):
     assert main(["ablation", "--rows", '["full"]']) == 2
     assert "there is no row 'full'; rows: full CDM," in capsys.readouterr().err
+
+
+def test_the_plot_has_a_line_per_row_the_mean_of_its_seeds():
+    logs = []
+    for seed in (0, 1):
+        log = Log()
+        for step in range(20):
+            log.curves.setdefault("fake", Curve()).add(step, seed + 1.0)
+        logs.append(log)
+    ladder = {"DMD2": {2: {"frechet": [10, 14], "alignment": [0.5], "diversity": [0.1]}}}
+    figure = draw(ladder, {"full CDM": logs, "DMD2": logs[:1]})
+    frechet, fake = figure.axes[0].lines, figure.axes[5].lines
+    assert [(line.get_label(), list(line.get_ydata())) for line in frechet] == [("DMD2", [12])]
+    assert {line.get_label(): line.get_ydata()[-1] for line in fake} == {"full CDM": 1.5, "DMD2": 1}
+    assert frechet[0].get_color() == fake[1].get_color()
+    assert not figure.axes[4].lines  # nobody logged a distance
