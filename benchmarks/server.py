@@ -19,6 +19,8 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import IO, Self
 
+from benchmarks.held import held_signals
+
 POLL_S = 0.005
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
 
@@ -89,10 +91,11 @@ class Server:
 
     def __enter__(self) -> Self:
         self.started = time.perf_counter()
-        self._process = subprocess.Popen(
-            self._command, env=self._env, stdout=self._output, stderr=subprocess.STDOUT
-        )
         try:
+            with held_signals():
+                self._process = subprocess.Popen(
+                    self._command, env=self._env, stdout=self._output, stderr=subprocess.STDOUT
+                )
             if self.wait_ready:
                 self.fetch("/readyz")
         except BaseException:

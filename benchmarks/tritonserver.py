@@ -32,6 +32,7 @@ from typing import IO, Self
 
 from tritonclient.grpc import InferenceServerClient, InferenceServerException
 
+from benchmarks.held import held_signals
 from benchmarks.server import ServerError, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,14 +154,15 @@ class TritonServer:
             *self._flags,
         ]
         # A session of its own: the stubs are its children, and a killed server leaves them behind.
-        self._process = subprocess.Popen(
-            command,
-            env=_environment(packages),
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with held_signals():
+            self._process = subprocess.Popen(
+                command,
+                env=_environment(packages),
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self._wait()
 
     def _wait(self) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.held import held_signals
+from benchmarks.server import Server
+
 PATIENCE_S = 60.0
 
 
@@ -41,3 +44,34 @@ def test_ended_benchmark_stops_the_servers_that_it_started(number: int, tmp_path
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_server_that_is_interrupted_while_it_starts_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Interrupted(subprocess.Popen):  # the child is there, its Popen has not been returned
+        def __init__(self, *arguments: object, **settings: object) -> None:
+            super().__init__(*arguments, **settings)
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt), Server(["--engine", "fake"]):
+        pass
+    assert [process.returncode is not None for process in started] == [True]
+
+
+def test_held_signals_come_at_the_end_and_ignored_ones_not_at_all() -> None:
+    came, before = [], signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        with held_signals():
+            signal.raise_signal(signal.SIGTERM)
+            assert not came
+        assert came == [signal.SIGTERM]
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with held_signals():
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGTERM)
+        assert came == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
