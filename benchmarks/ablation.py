@@ -2,8 +2,8 @@
 
     cdm-bench ablation --teacher training/assets/teacher --steps 500 --seeds 0,1,2
 
-Each row is `cdm-train RECIPE --variant …` and `cdm-train evaluate`, run one after the other in processes of their own;
-what is finished is not run again, so that the same command goes on where it was stopped, and the table is made of what
+Each row is `cdm-train RECIPE --variant …` in a process of its own, measured as `cdm-train evaluate` does. What is there
+is neither run nor measured again, so that the same command goes on where it was stopped, and the table is made of what
 is there. Checkpoints of finished runs are deleted, students stay.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence, Set
 from functools import cache
@@ -24,6 +23,7 @@ from pydantic import Field
 
 from benchmarks.ablation_plots import plot, scores
 from benchmarks.report import show, table
+from benchmarks.train_command import cdm_train
 from engines.cli import CommandSettings, UsageError
 from engines.files import write_text_atomically
 from training.emoji.dataset import EmojiDataset
@@ -133,15 +133,16 @@ def _run(row: str, seed: int, missing: Set[str], settings: AblationSettings) -> 
     before = _read(row, seed, settings)
     if not before:
         recipe = ["emoji-consistency"] if variant == "consistency" else ["emoji-cdm", "--variant", variant]
-        train = [
-            *recipe, "--teacher", settings.teacher, "--prompts", settings.data, "--out", folder,
-            "--steps", settings.steps, "--seed", seed, "--sample-every", 0, "--threads", settings.threads,
-        ]  # fmt: skip
-        _cdm_train(train)
+        flags = {
+            "teacher": settings.teacher, "prompts": settings.data, "out": folder, "steps": settings.steps,
+            "seed": seed, "sample-every": 0, "threads": settings.threads,
+        }  # fmt: skip
+        cdm_train(recipe, flags)
     measured = before | _measure(row, folder / "student", missing, settings)
     write_text_atomically(folder / "quality.json", json.dumps(measured, indent=2, ensure_ascii=False) + "\n")
     for finished in ("checkpoints", "teacher"):
-        shutil.rmtree(folder / finished, ignore_errors=True)
+        if (folder / finished).is_dir():  # the first time
+            shutil.rmtree(folder / finished)
 
 
 def _measure(row: str, student: Path, names: Set[str], settings: AblationSettings) -> dict[str, Any]:
@@ -177,15 +178,6 @@ def _scorer(data: Path, evaluator: Path | None, count: int, choices: int) -> Sco
     return Scorer(
         Evaluator.load(evaluator or ASSETS), choose(EmojiDataset.load(data), count, choices, seed=0)
     )
-
-
-def _cdm_train(arguments: Sequence[object]) -> None:
-    command = [sys.executable, "-m", "training.main", *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        raise UsageError(
-            f"{' '.join(command[2:])} ended with {done.returncode}: {done.stdout.strip()[-2000:]}"
-        )
 
 
 Measured = Mapping[int, Mapping[str, Any]]

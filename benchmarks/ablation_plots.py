@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.plots import new_figure
 from training.report.read import Curve, Log
 from training.report.series import smooth
 
@@ -38,9 +38,7 @@ def plot(ladder: Scores, logs: Mapping[str, Sequence[Log]], path: Path) -> None:
 
 def draw(ladder: Scores, logs: Mapping[str, Sequence[Log]]) -> Figure:
     """Scores over steps with all seeds between a band's edges; smoothed training curves."""
-    # No pyplot: it keeps figures alive, and asks for a display.
-    figure = Figure(figsize=(13.5, 7.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13.5, 7.6)
     panels = figure.subplots(2, 3)
     colors = {row: f"C{number}" for number, row in enumerate(dict.fromkeys([*ladder, *logs]))}
     for axes, (score, title) in zip(panels[0], SCORES.items(), strict=True):

@@ -11,7 +11,6 @@ in where flow matching learns: without them even the teacher forgets what day lo
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from PIL import Image
 from pydantic import Field
 
 from benchmarks.report import show
+from benchmarks.train_command import cdm_train
 from engines.cli import CommandSettings, UsageError
 from engines.files import replace_folder, write_text_atomically
 from training.emoji.dataset import EmojiDataset
@@ -157,13 +157,7 @@ def _train(
     if not any((out / product / "provenance.json").is_file() for product in ("model", "student")):
         print(name, file=sys.stderr, flush=True)
         common = {"out": out, "seed": settings.seed, "threads": settings.threads, "sample-every": 0}
-        given = [str(part) for key, value in {**flags, **common}.items() for part in (f"--{key}", value)]
-        line = [sys.executable, "-m", "training.main", *command, *given, "--tracker", "none"]
-        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if done.returncode:
-            raise UsageError(
-                f"{' '.join(line[2:])} ended with {done.returncode}: {done.stdout.strip()[-2000:]}"
-            )
+        cdm_train(command, {**flags, **common, "tracker": "none"})
     return out
 
 

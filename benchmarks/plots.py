@@ -29,6 +29,13 @@ def plot_sweep(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
     ]
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches. Not pyplot's: that one keeps figures alive, and asks for a display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def _draw(
     rows: Sequence[Row],
     columns: Sequence[str],
@@ -39,9 +46,7 @@ def _draw(
     log: bool = False,
     diagonal: bool = False,
 ) -> Path:
-    # No pyplot: it keeps figures alive, and asks for a display.
-    figure = Figure(figsize=(4.5 * len(columns), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.5 * len(columns), 3.6)
     figure.suptitle(title, fontsize=10)
     for number, column in enumerate(columns, start=1):
         axes = figure.add_subplot(1, len(columns), number)

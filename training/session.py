@@ -31,7 +31,7 @@ from training.merge import with_lora
 from training.parallel import Parallel
 from training.probe import Probe
 from training.prompts import Prompts
-from training.recipes import RUNTIME_FIELDS, TrainSettings
+from training.recipes import RUNTIME_FIELDS, DistilSettings, TrainSettings
 from training.report.write import write_report
 from training.requirements import (
     Need,
@@ -136,9 +136,12 @@ def run_session(
     absent = parallel.agree(bool(cache.missing(prompts.texts, parallel.rank, parallel.world)))
     family = _load(kept, None if absent else ("transformer", "vae"))
     set_resolution(family, config.resolution)
-    if getattr(settings, "variant", "") == "parity" and "anchor_shift" not in settings.model_fields_set:
-        assert isinstance(config, CDMConfig)
-        require_parity_shift(family, config.anchor_shift)
+    if (
+        isinstance(settings, DistilSettings)
+        and settings.variant == "parity"
+        and "anchor_shift" not in settings.model_fields_set
+    ):
+        require_parity_shift(family, settings.config().anchor_shift)
     require_model(family)
     drawn = settings.sample_every or settings.score_every or isinstance(config, FinetuneConfig)
     for module in (*family.text_modules().values(), *((family.vae,) if drawn else ())):

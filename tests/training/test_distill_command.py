@@ -252,3 +252,22 @@ def test_a_dry_run_prints_the_configuration(capsys):
     assert main(["emoji-cdm", "--teacher", "t", "--batch", "5", "--dry-run"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["batch"], printed["n_max"]) == (5, emoji_cdm().n_max)
+
+
+def test_parity_with_a_teacher_of_another_shift_says_which(teacher, prompts, tmp_path, capsys):
+    """The emoji recipe's authors' shift is 1.5, this teacher's own is 3."""
+    arguments = [
+        "emoji-cdm",
+        "--teacher",
+        str(teacher),
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*arguments, *SMALL, "--variant", "parity"]) == 2
+    said = capsys.readouterr().err
+    assert "1.5 for this recipe's teacher" in said
+    assert "this one's is 3; give --anchor-shift 3" in said
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+    assert main([*arguments, *SMALL, "--variant", "parity", "--anchor-shift", "3"]) == 0

@@ -45,7 +45,7 @@ TOGETHER = {
         "fsdp-half-precision", "fsdp", changes=HALF_PRECISION, checkpointing=True
     ),
     "fsdp of LoRA in half precision, checkpointing": Case(
-        "fsdp-half-lora-precision", "fsdp", changes=LORA | HALF_PRECISION, checkpointing=True
+        "fsdp-half-precision-lora", "fsdp", changes=LORA | HALF_PRECISION, checkpointing=True
     ),
     **{f"ddp of {method}": Case(f"ddp-{method}", method=method, steps=3) for method in OTHERS},
     **{f"fsdp of {method}": Case(f"fsdp-{method}", "fsdp", method, steps=3) for method in OTHERS[:2]},
