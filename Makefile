@@ -109,6 +109,7 @@ figures-training: $(TEST)/.installed ## the evidence of docs/training.md and doc
 	$(BIN)/cdm-bench finetune --teacher $(TEACHER) --student $(RUNS)/emoji-cdm/student --out $(RUNS)/finetune \
 		| tee $(RESULTS)/finetune.txt
 	$(BIN)/cdm-bench training --teacher $(TEACHER) --n-max 28 --rounds 16 | tee $(RESULTS)/training.txt
+	$(BIN)/cdm-bench training --teacher $(TEACHER) --n-max 28 --rounds 16 --savings | tee $(RESULTS)/training-savings.txt
 	$(BIN)/cdm-bench plan | tee $(RESULTS)/plan.txt
 	$(BIN)/cdm-bench plan --blocks | tee $(RESULTS)/plan-blocks.txt
 	$(BIN)/python scripts/readme.py

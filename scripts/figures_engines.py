@@ -122,6 +122,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": rows_of("ablation.txt"),
     "ladder": rows_of("ablation.txt", key="ladder"),
     "training_speed": rows_of("training.txt"),
+    "training_savings": rows_of("training-savings.txt"),
     "finetune": rows_of("finetune.txt"),
 }
 """What a page of docs/ may ask for."""
