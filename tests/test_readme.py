@@ -18,8 +18,10 @@ from benchmarks.server import Server
 from cdm_serve.main import main as cdm_serve
 from cdm_serve.settings import default_bundle
 from engines.export.main import main as cdm_export
+from engines.families.base import load_family
 from scripts.readme import OBSERVABILITY, SETTINGS, observability_page, rendered, settings_page
 from training.main import main as cdm_train
+from training.student_folder import StudentProvenance, write_student
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,6 +73,22 @@ def test_a_snippet_answers_what_the_readme_says(snippet: Snippet, server: Server
     for name in re.findall(r"-o (\S+)", snippet.code):
         with Image.open(tmp_path / name) as image:
             assert image.format == Path(name).suffix[1:].upper()
+
+
+@pytest.mark.slow
+def test_a_student_of_the_bundled_teacher_paints_in_the_pipeline_as_shown(tmp_path: Path) -> None:
+    """Its transformer is float32, what it has of its teacher half precision."""
+    teacher = ROOT / "training" / "assets" / "teacher"
+    weights = {name: value.detach() for name, value in load_family(teacher).transformer.named_parameters()}
+    write_student(
+        teacher, tmp_path / "runs/emoji-cdm/student", weights, StudentProvenance("teacher", "test", "ab", 0)
+    )
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code += "assert picture.size == (128, 128) and len(set(picture.getdata())) > 100"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_snippets_are_found() -> None:
